@@ -1,0 +1,524 @@
+"""From a URL to a checked back end. Only this module builds redis clients and connections.
+
+**Hidden retries are off.** redis-py by default sends a script again, up to ten times, when a reply
+is lost: one increment, applied eleven times. So connections are made here alone, one way: no
+retries, no health checks, no maintenance notifications, a deadline on everything, RESP3, hiredis.
+URL options that would change any of that are refused by name instead of being overruled silently.
+
+**A server is examined before it is used.** Too old a version, or an eviction policy that may
+delete rows, breaks promises later and quietly; here it is one clear error at start.
+
+**Passwords stay inside.** Errors and logs show an address built from host, port or path, never the
+URL as given, and never a server's own words about a refused handshake (an old server repeats the
+arguments of a HELLO that it does not know, the password among them).
+
+A `Backend` makes wires. Today all of them lead to one server; where there are several nodes, a
+back end will make one per node, and the rest of leasekit does not change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import ssl
+import weakref
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from redis.asyncio import Redis
+from redis.asyncio.connection import (
+    AbstractConnection,
+    Connection,
+    RedisSSLContext,
+    SSLConnection,
+    UnixDomainSocketConnection,
+    parse_url,
+)
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError, ResponseError
+from redis.maint_notifications import MaintNotificationsConfig
+
+from leasekit.errors import InvalidInput, Unavailable
+from leasekit.wire import ConnectionLost, MemoryWire, RedisWire, Wire
+
+__all__ = ["Backend", "ConnectionLost", "ServerInfo", "Wire", "open_backend"]
+
+URL_VARIABLE: Final = "LEASEKIT_URL"
+DEFAULT_URL: Final = "embedded://"
+REDIS_VERSION_MIN: Final = (6, 2, 0)
+SHEBANG_VERSION_MIN: Final = (7, 0, 0)
+COMMAND_CONNECTION_COUNT_MAX: Final = 4
+LOADING_POLL_MS: Final = 50
+
+_URL_OPTIONS: Final = frozenset({"db", "username", "password", "client_name"})
+_TLS_OPTIONS: Final = frozenset(
+    {
+        "ssl_ca_certs",
+        "ssl_ca_data",
+        "ssl_ca_path",
+        "ssl_cert_reqs",
+        "ssl_certfile",
+        "ssl_check_hostname",
+        "ssl_ciphers",
+        "ssl_exclude_verify_flags",
+        "ssl_include_verify_flags",
+        "ssl_keyfile",
+        "ssl_min_version",
+        "ssl_password",
+    }
+)
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What the start examination learnt."""
+
+    name: str
+    """"redis", "valkey" or "memory"."""
+    version: tuple[int, int, int]
+    """Of the product: Valkey's own where there is one, not the Redis version it imitates."""
+    shebang: bool
+    """The server knows scripts whose first line is `#!lua` (Redis 7, any Valkey)."""
+    persistence: str
+    """"none", "rdb", "aof:no", "aof:everysec", "aof:always", "memory"; "aof:unknown" and "unknown"
+    where CONFIG GET is not allowed."""
+    url: str
+    """Where it is, without user name, password and options."""
+
+
+class Backend:
+    """A server that was examined and found fit: makes wires to it, until it is closed."""
+
+    def __init__(
+        self,
+        info: ServerInfo,
+        make_wire: Callable[[], Wire],
+        *,
+        timeout_ms: int,
+        stop: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self.info = info
+        self._make_wire = make_wire
+        self._timeout_ms = timeout_ms
+        self._stop = stop
+        self._wires: weakref.WeakSet[Wire] = weakref.WeakSet()
+        self._idle: list[Wire] = []
+        self._turns = asyncio.Semaphore(COMMAND_CONNECTION_COUNT_MAX)
+        self._is_closed = False
+
+    def __repr__(self) -> str:
+        state = "closed" if self._is_closed else "open"
+        return f"<Backend {self.info.url} {self.info.name} {state}>"
+
+    def wire(self) -> Wire:
+        """A new, unconnected wire."""
+        if self._is_closed:
+            raise Unavailable(f"the back end {self.info.url} was closed: nothing was sent")
+        wire = self._make_wire()
+        self._wires.add(wire)
+        return wire
+
+    async def command(self, *args: bytes | str | int) -> Any:
+        """Run one command on a connection of a small pool beside the wires; gives the raw reply.
+
+        For what would hold up a wire: long reads, INFO, SCAN. Raises ResponseError with the
+        server's text for an error reply, and Unavailable for trouble with the connection; when
+        that has a ConnectionLost with `sent` as its cause, the command may have been executed.
+        """
+        try:
+            async with asyncio.timeout(self._timeout_ms / 1_000):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise Unavailable(
+                f"all {COMMAND_CONNECTION_COUNT_MAX} connections for single commands to "
+                f"{self.info.url} stayed busy for {self._timeout_ms} ms: nothing was sent; "
+                "run fewer long reads at a time"
+            ) from None
+        wire = None
+        try:
+            wire = self._idle.pop() if self._idle else self.wire()
+            await wire.connect()
+            [reply] = await wire.send([args])
+        except ConnectionLost as lost:
+            raise Unavailable(
+                f"lost the connection to {self.info.url}: {lost}; "
+                + ("the command may have been executed" if lost.sent else "nothing was sent")
+            ) from lost
+        except asyncio.CancelledError:
+            if wire is not None:
+                await wire.close()  # Its reply may be long in coming: nobody should queue behind.
+            raise
+        finally:
+            if wire is not None:
+                self._idle.append(wire)
+            self._turns.release()
+        if isinstance(reply, ResponseError):
+            raise reply
+        return reply
+
+    async def close(self) -> None:
+        """Close all wires, and stop the use of an embedded server; closing twice is harmless."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for wire in list(self._wires):
+            await wire.close()
+        if self._stop is not None:
+            await self._stop()
+
+
+async def open_backend(
+    url: str | None = None, *, timeout_ms: int = 5_000, allow_eviction: bool = False
+) -> Backend:
+    """Connect to the server that `url` names, examine it, and give the back end.
+
+    url: `redis://`, `rediss://`, `unix://`, `embedded://[directory]`, `memory://[name]`; None is
+    the environment's LEASEKIT_URL, else `embedded://`. timeout_ms bounds each connection attempt
+    and each wait for replies. Raises InvalidInput for a URL that cannot be used and Unavailable
+    for a server that cannot be reached or must not be used.
+    """
+    if timeout_ms < 1:
+        raise InvalidInput("timeout_ms must be at least 1", field="timeout_ms", limit=1)
+    if url is None:
+        url = os.environ.get(URL_VARIABLE) or DEFAULT_URL
+    scheme = _scheme(url)
+    if scheme == "memory":
+        return _open_memory(url, timeout_ms=timeout_ms)
+    if scheme == "embedded":
+        return await _open_embedded(url, timeout_ms=timeout_ms, allow_eviction=allow_eviction)
+    server = _Server.from_url(url, scheme, timeout_ms=timeout_ms)
+    return await _open_server(server, allow_eviction=allow_eviction)
+
+
+def _scheme(url: str) -> str:
+    match = re.match(r"([a-z][a-z0-9+.-]*)://", url, re.IGNORECASE)
+    if match is None:
+        raise _invalid("url.scheme", "must begin with a scheme, such as redis:// or embedded://")
+    scheme = match[1].lower()
+    if scheme in {"redis+sentinel", "redis+cluster"}:
+        raise _invalid(
+            "url.scheme",
+            f"{scheme}:// is not spoken by this version of leasekit; name one server, redis://",
+        )
+    if scheme not in {"redis", "rediss", "unix", "embedded", "memory"}:
+        raise _invalid(
+            "url.scheme",
+            f"{scheme}:// is unknown; known are redis, rediss, unix, embedded and memory",
+        )
+    return scheme
+
+
+def _invalid(name: str, message: str, *, limit: object = None) -> InvalidInput:
+    return InvalidInput(f"{name}: {message}", field=name, limit=limit)
+
+
+@dataclass(frozen=True, slots=True)
+class _Server:
+    """One server's address and how to talk to it: makes connections and explains failures."""
+
+    url: str
+    timeout_ms: int
+    connection_class: type[AbstractConnection]
+    options: dict[str, Any] = field(repr=False)
+    tls: RedisSSLContext | None = field(default=None, repr=False)
+
+    @classmethod
+    def from_url(cls, url: str, scheme: str, *, timeout_ms: int) -> _Server:
+        options = _parse_server_url(url, scheme)
+        options.pop("connection_class", None)
+        database = options.setdefault("db", 0)
+        tls = None
+        connection_class: type[AbstractConnection]
+        if scheme == "unix":
+            connection_class = UnixDomainSocketConnection
+            address = f"unix://{options['path']}" + (f"?db={database}" if database else "")
+        else:
+            host = options.setdefault("host", "localhost")
+            port = options.setdefault("port", 6379)
+            host = f"[{host}]" if ":" in host else host
+            address = f"{scheme}://{host}:{port}/{database}"
+            connection_class = SSLConnection if scheme == "rediss" else Connection
+        if scheme == "rediss":
+            options.setdefault("ssl_min_version", ssl.TLSVersion.TLSv1_2)
+            tls = _load_tls(options)
+        return cls(address, timeout_ms, connection_class, options, tls)
+
+    def connection(self) -> AbstractConnection:
+        timeout_s = self.timeout_ms / 1_000
+        connection = self.connection_class(
+            **self.options,
+            protocol=3,
+            decode_responses=False,
+            retry=Retry(NoBackoff(), 0),
+            retry_on_timeout=False,
+            retry_on_error=[],
+            health_check_interval=0,
+            maint_notifications_config=MaintNotificationsConfig(enabled=False),
+            driver_info=None,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+        )
+        if self.tls is not None:
+            # Shared: reading the certificates again would cost each reconnect 10 ms.
+            cast(SSLConnection, connection).ssl_context = self.tls
+        return connection
+
+    def wire(self) -> RedisWire:
+        return RedisWire(self.connection, self.explain, timeout_ms=self.timeout_ms)
+
+    def explain(self, error: Exception) -> Unavailable:
+        """Say why a connection attempt failed, quoting nothing that can hold a secret."""
+        causes = _causes(error)
+        for cause in causes:
+            if isinstance(cause, ResponseError) or getattr(cause, "status_code", None):
+                return self._explain_refusal(cast(RedisError, cause))
+        if any(isinstance(cause, TimeoutError) for cause in causes):
+            reason = f"no answer within {self.timeout_ms} ms"
+        else:
+            system_errors = [cause for cause in causes if isinstance(cause, OSError)]
+            reason = str(system_errors[-1] if system_errors else error)
+        advice = "check that the server runs and that the address is right"
+        if any(isinstance(cause, ssl.SSLError) for cause in causes):
+            advice = (
+                "check that the server speaks TLS there, and give its authority in ssl_ca_certs"
+            )
+        return Unavailable(
+            f"cannot connect to {self.url}: {reason}. Nothing was sent; {advice}, then try again"
+        )
+
+    def _explain_refusal(self, error: RedisError) -> Unavailable:
+        code = getattr(error, "status_code", None) or str(error).partition(" ")[0]
+        text = str(error)
+        if code in {"WRONGPASS", "NOAUTH"} or "password" in text.lower():
+            reason = f"it refuses the user name or password ({code}): correct them in the URL"
+        elif "DB index" in text or "SELECT" in text:
+            reason = f"it has no database {self.options['db']} ({code}): correct it in the URL"
+        elif code == "NOPERM":
+            reason = (
+                "its ACL forbids this user a command that leasekit cannot do without (NOPERM): "
+                "allow hello, select, info, client|id and client|kill beside eval and data"
+            )
+        elif "unknown command" in text.lower() or code == "NOPROTO":
+            reason = f"it does not speak RESP3 ({code}): leasekit needs Redis 6.2 or Valkey"
+        else:
+            reason = f"it refuses connections with {code}"
+        return Unavailable(f"{self.url} does not let leasekit in: {reason}. Nothing was sent")
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and what caused it, outermost first."""
+    causes: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in causes:
+        causes.append(current)
+        current = current.__cause__ or current.__context__
+    return causes
+
+
+def _parse_server_url(url: str, scheme: str) -> dict[str, Any]:
+    """The URL's parts as redis-py's connection options, checked more strictly than it does."""
+    parts = urlsplit(url)
+    for name, value in parse_qsl(parts.query, keep_blank_values=True):
+        if name not in _URL_OPTIONS | _TLS_OPTIONS:
+            shown = name if re.fullmatch(r"[a-z0-9_]{1,40}", name) else "this"
+            raise _invalid("url.query", f"{shown} is not an option that a leasekit URL takes")
+        if name in _TLS_OPTIONS and scheme != "rediss":
+            raise _invalid(f"url.{name}", "TLS options need rediss://")
+        if not value:
+            raise _invalid(f"url.{name}", "is empty")
+    if parts.fragment:
+        raise _invalid("url.fragment", "a URL ends before #; write %23 inside a password")
+    try:
+        port = parts.port
+    except ValueError:
+        port = 0
+    if port == 0:
+        raise _invalid(
+            "url.port",
+            "must be a number from 1 to 65535; write / ? # @ inside a password as %2F %3F %23 %40",
+            limit=65_535,
+        )
+    if scheme == "unix":
+        if parts.hostname or len(parts.path) < 2:
+            raise _invalid("url.path", "must be absolute: unix:///directory/name.sock")
+    elif not re.fullmatch(r"/?[0-9]*", parts.path):
+        raise _invalid("url.db", "must be a number: redis://host:port/0")
+    try:
+        options = cast("dict[str, Any]", parse_url(url))
+    except ValueError:
+        raise _invalid("url.query", "an option's value has the wrong form") from None
+    if options.get("db", 0) < 0:
+        raise _invalid("url.db", "must not be negative", limit=0)
+    return options
+
+
+def _load_tls(options: dict[str, Any]) -> RedisSSLContext:
+    """The TLS settings with certificates loaded, for all connections of a back end."""
+    if options["ssl_min_version"] < ssl.TLSVersion.TLSv1_2:
+        raise _invalid(
+            "url.ssl_min_version",
+            f"must be at least {ssl.TLSVersion.TLSv1_2:d} (TLS 1.2)",
+            limit=ssl.TLSVersion.TLSv1_2,
+        )
+    try:
+        connection = SSLConnection(**options)
+        connection.ssl_context.get()
+    except (OSError, ValueError, RedisError):
+        raise _invalid(
+            "url.ssl", "the TLS options cannot be used: check their values, files and password"
+        ) from None
+    if connection.cert_reqs == ssl.CERT_NONE:
+        _logger.warning("ssl_cert_reqs=none: the server's identity is not checked")
+    return connection.ssl_context
+
+
+async def _open_server(
+    server: _Server,
+    *,
+    allow_eviction: bool,
+    url: str | None = None,
+    stop: Callable[[], Awaitable[None]] | None = None,
+) -> Backend:
+    wire = server.wire()
+    try:
+        await wire.connect()
+        async with asyncio.timeout(server.timeout_ms / 1_000):
+            info = await _examine(wire, url or server.url, allow_eviction=allow_eviction)
+    except ConnectionLost as lost:
+        raise Unavailable(f"lost {server.url} while examining it: {lost}; try again") from None
+    except TimeoutError:
+        raise Unavailable(
+            f"{server.url} was still loading its data after {server.timeout_ms} ms: wait for it, "
+            "or connect with a longer timeout_ms"
+        ) from None
+    finally:
+        await wire.close()
+    return Backend(info, server.wire, timeout_ms=server.timeout_ms, stop=stop)
+
+
+async def _examine(wire: Wire, url: str, *, allow_eviction: bool) -> ServerInfo:
+    facts = await _read_info(wire, url)
+    name = "valkey" if "valkey_version" in facts else "redis"
+    text = facts.get("valkey_version") or facts.get("redis_version", "")
+    version = _version(text)
+    if name == "redis" and version < REDIS_VERSION_MIN:
+        raise Unavailable(
+            f"{url} runs Redis {text or 'of unknown version'}; leasekit needs 6.2 or newer, or "
+            "Valkey. Nothing was written"
+        )
+    policy = facts.get("maxmemory_policy", "unknown")
+    if policy != "noeviction" and not allow_eviction:
+        raise Unavailable(
+            f"{url} has the eviction policy {policy}: when memory is full it would silently delete "
+            "leases, rows and keys that leasekit promised to keep. Nothing was written; run "
+            "CONFIG SET maxmemory-policy noeviction there (and put it into its configuration), or "
+            "pass allow_eviction=True and live without the promises"
+        )
+    return ServerInfo(
+        name=name,
+        version=version,
+        shebang=name == "valkey" or version >= SHEBANG_VERSION_MIN,
+        persistence=await _persistence(wire, facts),
+        url=url,
+    )
+
+
+async def _read_info(wire: Wire, url: str) -> dict[str, str]:
+    """INFO as name -> value, once the server has loaded its data."""
+    while True:
+        [reply] = await wire.send([("INFO",)])
+        if isinstance(reply, bytes):
+            lines = reply.decode("utf-8", "replace").splitlines()
+            facts = dict(line.split(":", 1) for line in lines if ":" in line)
+            if facts.get("loading", "0") == "0":
+                return facts
+        elif not str(reply).startswith("LOADING"):
+            code = str(reply).partition(" ")[0]
+            raise Unavailable(
+                f"{url} refuses INFO ({code}), which leasekit needs to see version and eviction "
+                "policy: allow the user +info. Nothing was written"
+            )
+        await asyncio.sleep(LOADING_POLL_MS / 1_000)
+
+
+async def _persistence(wire: Wire, facts: dict[str, str]) -> str:
+    appendfsync, save = await wire.send(
+        [("CONFIG", "GET", "appendfsync"), ("CONFIG", "GET", "save")]
+    )
+    if facts.get("aof_enabled") == "1":
+        if not isinstance(appendfsync, dict):
+            return "aof:unknown"
+        return f"aof:{appendfsync.get(b'appendfsync', b'unknown').decode()}"
+    if not isinstance(save, dict):
+        return "unknown"
+    return "rdb" if save.get(b"save") else "none"
+
+
+def _version(text: str) -> tuple[int, int, int]:
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", text)
+    return (int(match[1]), int(match[2]), int(match[3] or 0)) if match else (0, 0, 0)
+
+
+async def _open_embedded(url: str, *, timeout_ms: int, allow_eviction: bool) -> Backend:
+    # Imported here: nobody else needs to be able to start servers.
+    from leasekit import embedded
+
+    directory = unquote(url.partition("://")[2]) or None
+    embedded_server = await embedded.start(directory)
+    server = _Server(
+        url=f"unix://{embedded_server.socket_path}",
+        timeout_ms=timeout_ms,
+        connection_class=UnixDomainSocketConnection,
+        options={"path": embedded_server.socket_path, "db": 0},
+    )
+    try:
+        return await _open_server(
+            server,
+            allow_eviction=allow_eviction,
+            url=f"embedded://{embedded_server.directory}",
+            stop=embedded_server.stop,
+        )
+    except BaseException:
+        await embedded_server.stop()
+        raise
+
+
+_memory_servers: dict[str, Any] = {}
+
+
+def _open_memory(url: str, *, timeout_ms: int) -> Backend:
+    try:
+        # Imported here: an extra that only tests need.
+        import lupa  # noqa: F401
+        from fakeredis import FakeServer
+        from fakeredis.aioredis import AsyncFakeSocket
+    except ImportError:
+        raise Unavailable(
+            "memory:// needs fakeredis and lupa, which are not installed: "
+            "pip install 'leasekit[memory]'"
+        ) from None
+
+    name = unquote(url.partition("://")[2])
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{0,64}", name):
+        raise _invalid("url.name", "memory://name takes letters, digits, _ . - only", limit=64)
+    version = (7, 0, 0)
+    if name:
+        fake = _memory_servers.setdefault(name, FakeServer(version=version))
+    else:
+        fake = FakeServer(version=version)
+
+    def make_socket() -> Any:
+        return AsyncFakeSocket(fake, 0, client_class=Redis, client_info={"resp": 3})
+
+    _logger.warning(
+        "memory:// keeps everything in this process: not durable, not shared; for tests only"
+    )
+    info = ServerInfo("memory", version, False, "memory", f"memory://{name}")
+    return Backend(info, lambda: MemoryWire(make_socket), timeout_ms=timeout_ms)
