@@ -1,0 +1,67 @@
+"""Every exception that leasekit raises on purpose, in one tree.
+
+Losing a race is an outcome (a word in a result), never an exception. An exception means that a
+promise to the caller could not be kept, and its message says three things: what happened, what
+state things are in now, and what is safe to do next. No message carries a payload, a token or a
+password.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "Conflict",
+    "CorruptState",
+    "InvalidInput",
+    "LeaseLost",
+    "LeasekitError",
+    "OutcomeUnknown",
+    "Overloaded",
+    "ScriptFailed",
+    "Unavailable",
+]
+
+
+class LeasekitError(Exception):
+    """The base of all leasekit errors; `tenant` and `id` name what it is about, where known."""
+
+    def __init__(self, message: str, *, tenant: str | None = None, id: str | None = None) -> None:
+        super().__init__(message)
+        self.tenant = tenant
+        self.id = id
+
+
+class InvalidInput(LeasekitError, ValueError):
+    """A value was refused before anything was sent: nothing changed; call again, corrected."""
+
+    def __init__(self, message: str, *, field: str, limit: object = None) -> None:
+        super().__init__(message)
+        self.field = field
+        self.limit = limit
+
+
+class Conflict(LeasekitError):
+    """A name is already taken by different content: nothing was written; do not retry as it is."""
+
+
+class LeaseLost(LeasekitError):
+    """The lease is no longer held: stop the work it protected; another holder may be at it."""
+
+
+class OutcomeUnknown(LeasekitError):
+    """The command may or may not have been applied: ask again by the same name, `repeat=True`."""
+
+
+class Unavailable(LeasekitError):
+    """The server could not be reached or refuses work: nothing was applied; try again later."""
+
+
+class Overloaded(LeasekitError):
+    """The server is out of memory: nothing was written; finish or delete rows, or raise maxmemory."""
+
+
+class CorruptState(LeasekitError):
+    """Stored data is damaged: nothing was changed; run `leasekit doctor`."""
+
+
+class ScriptFailed(LeasekitError):
+    """A script failed in a way that leasekit does not know: a bug, or a server it does not fit."""

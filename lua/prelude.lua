@@ -1,0 +1,293 @@
+-- prelude: what every command shares; the loader puts it in front of each script.
+--
+-- Only helpers whose meaning PROTOCOL.md states once for all commands. Instants are milliseconds,
+-- numbers are whole and below 2^53, and they go to redis.call as text: a Lua number costs more there
+-- and loses digits above 10^14.
+
+local NOW_MS_MAX = 4102444800000
+local LEASE_MS_MAX = 43200000
+local DURATION_MS_MAX = 3155760000000
+local ITEMS_MAX = 1000
+local PRUNE_ROWS_MAX = 250
+local REPLY_BYTES_MAX = 4194304
+local CHUNK_ROWS = 100
+local ERRORS_KEPT = 10
+local NEVER_MS = 9007199254740991
+local ENDED_KEEP_MS = 300000
+local RESERVED_KEEP_MS = 86400000
+
+local function refuse(problem)
+  return redis.error_reply("LK_ARGUMENT " .. problem)
+end
+
+local function integer(number)
+  return string.format("%.0f", number)
+end
+
+-- The number that a text of digits stands for, or nil where it is none within the bounds.
+local function whole(text, least, most)
+  if not string.find(text, "^%d+$") or #text > 16 then
+    return nil
+  end
+  local number = tonumber(text)
+  if number < least or number > most then
+    return nil
+  end
+  return number
+end
+
+-- Now in milliseconds and in microseconds: the server's clock, or the caller's where one is given.
+local function clock(now_ms)
+  if now_ms == "" then
+    local time = redis.call("TIME")
+    local micros = tonumber(time[1]) * 1000000 + tonumber(time[2])
+    return math.floor(micros / 1000), micros
+  end
+  local now = whole(now_ms, 0, NOW_MS_MAX)
+  if not now then
+    return nil
+  end
+  return now, now * 1000
+end
+
+-- The next fence of a tenant: above the last one, and above every one of a lost past.
+local function next_fence(fence, micros)
+  local last = tonumber(redis.call("GET", fence) or "0")
+  if last >= micros then
+    return last + 1
+  end
+  return micros
+end
+
+-- Values of many fields: HMGET refuses an empty list.
+local function values_of(hash, fields)
+  if #fields == 0 then
+    return {}
+  end
+  return redis.call("HMGET", hash, unpack(fields))
+end
+
+-- One call for a structure and a flat list of arguments; none for an empty list.
+local function write(command, key, arguments)
+  if #arguments > 0 then
+    redis.call(command, key, unpack(arguments))
+  end
+end
+
+-- The rank of the first member of a sorted set behind (score, id), also where that one has gone:
+-- a page goes on where the one before ended, whatever was added or taken in between.
+local function rank_after(members, score, id)
+  local low = redis.call("ZCOUNT", members, "-inf", "(" .. score)
+  local high = redis.call("ZCOUNT", members, "-inf", score)
+  while low < high do
+    local middle = math.floor((low + high) / 2)
+    if redis.call("ZRANGE", members, integer(middle), integer(middle))[1] <= id then
+      low = middle + 1
+    else
+      high = middle
+    end
+  end
+  return low
+end
+
+-- Adds to several counters of a hash in two calls; `changes` maps field to what is added.
+local function add(tally, changes)
+  local fields = {}
+  for field, change in pairs(changes) do
+    if change ~= 0 then
+      fields[#fields + 1] = field
+    end
+  end
+  local values, pairs_of = values_of(tally, fields), {}
+  for i = 1, #fields do
+    pairs_of[2 * i - 1] = fields[i]
+    pairs_of[2 * i] = integer(tonumber(values[i] or "0") + changes[fields[i]])
+  end
+  write("HSET", tally, pairs_of)
+end
+
+-- A queue row's state line; PROTOCOL.md, "Outbox: what a row is".
+local function read_state(line)
+  local status, cause, token, at, size, attempts, claims, fence, claimed_at, consumer = string.match(
+    line, "^(%S+) (%S+) (%S+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (.*)$")
+  if not consumer then
+    return nil
+  end
+  return {
+    status = status, cause = cause, token = token, at = tonumber(at), size = size,
+    attempts = tonumber(attempts), claims = claims, fence = fence, claimed_at = claimed_at,
+    consumer = consumer,
+  }
+end
+
+local function state_line(row, status, cause, at)
+  return status .. " " .. cause .. " " .. row.token .. " " .. integer(at) .. " " .. row.size .. " "
+    .. integer(row.attempts) .. " " .. row.claims .. " " .. row.fence .. " " .. row.claimed_at .. " "
+    .. row.consumer
+end
+
+-- The state of a row that was never claimed; `doc` is its document.
+local function fresh_state(doc)
+  local created_at, available_at = string.match(doc, "^(%d+) (%d+) ")
+  local at = tonumber(available_at)
+  return {
+    status = "pending", cause = "enqueued", token = "~", at = at > 0 and at or tonumber(created_at),
+    size = #doc, attempts = 0, claims = "0", fence = "0", claimed_at = "0", consumer = "",
+  }
+end
+
+-- The words of a document's header line that scripts act on.
+local function read_header(doc)
+  local attempts_max, on_expiry, route = string.match(doc, "^%d+ %d+ (%d+) (%S+) (%S+) ")
+  return tonumber(attempts_max), on_expiry, route
+end
+
+-- The errors of a row with one more, the oldest beyond ERRORS_KEPT left out.
+local function with_error(lines, now, kind, row, text)
+  local line = integer(now) .. " " .. kind .. " " .. integer(row.attempts) .. " " .. row.fence
+    .. " " .. text
+  if not lines then
+    return line
+  end
+  local kept, first = 1, 1
+  for _ in string.gmatch(lines, "\n") do
+    kept = kept + 1
+  end
+  for _ = ERRORS_KEPT, kept do
+    first = string.find(lines, "\n", first, true) + 1
+  end
+  return string.sub(lines, first) .. "\n" .. line
+end
+
+-- Deletes rows outright and remembers the largest id of them as the horizon.
+local function delete_rows(ids, rows)
+  if #ids == 0 then
+    return
+  end
+  local horizon = redis.call("HGET", rows.tally, "horizon") or ""
+  local largest = horizon
+  for i = 1, #ids do
+    if ids[i] > largest then
+      largest = ids[i]
+    end
+  end
+  write("HDEL", rows.docs, ids)
+  write("HDEL", rows.state, ids)
+  write("HDEL", rows.errors, ids)
+  if largest ~= horizon then
+    redis.call("HSET", rows.tally, "horizon", largest)
+  end
+end
+
+-- Deletes from the oldest end of a list of finished rows (`rows.done` or `rows.dead`): every row that
+-- got there at or before `before`, and what is more than `count_max` rows or `bytes_max` bytes.
+-- Looks at no more than `budget` rows; gives back how many went.
+local function forget(rows, noun, before, count_max, bytes_max, budget)
+  local finished, bytes_field = rows[noun], noun .. "_bytes"
+  local oldest = redis.call("ZRANGE", finished, "0", "0", "WITHSCORES")
+  if #oldest == 0 then
+    return 0
+  end
+  local over = redis.call("ZCARD", finished) - count_max
+  local bytes = tonumber(redis.call("HGET", rows.tally, bytes_field) or "0")
+  if tonumber(oldest[2]) > before and over <= 0 and bytes <= bytes_max then
+    return 0
+  end
+  budget = math.min(budget, PRUNE_ROWS_MAX)
+  local found = redis.call("ZRANGE", finished, "0", integer(budget - 1), "WITHSCORES")
+  local ids = {}
+  for i = 1, #found, 2 do
+    ids[#ids + 1] = found[i]
+  end
+  local lines = values_of(rows.state, ids)
+  local gone, freed = {}, 0
+  for i = 1, #ids do
+    local late = tonumber(found[2 * i]) <= before
+    local wanted = late or i <= over or bytes - freed > bytes_max
+    if not wanted or (noun == "dead" and i > 1 and freed > REPLY_BYTES_MAX) then
+      break
+    end
+    local row = lines[i] and read_state(lines[i])
+    freed = freed + (row and tonumber(row.size) or 0)
+    gone[i] = ids[i]
+  end
+  local changes = { [bytes_field] = -freed }
+  if noun == "dead" then
+    local docs = values_of(rows.docs, gone)
+    for i = 1, #gone do
+      local _, _, route = read_header(docs[i] or "")
+      if route then
+        local field = "dead_lettered:" .. route
+        changes[field] = (changes[field] or 0) - 1
+      end
+    end
+  end
+  write("ZREM", finished, gone)
+  delete_rows(gone, rows)
+  add(rows.tally, changes)
+  return #gone
+end
+
+-- A lease's line: status token fence acquired_at expires_at owner; nil where there is none.
+local function read_lease(line)
+  if not line then
+    return nil
+  end
+  local status, token, fence, acquired_at, expires_at, owner =
+    string.match(line, "^(%S+) (%S+) (%d+) (%d+) (%d+) (.*)$")
+  if not owner then
+    return nil
+  end
+  return {
+    status = status, token = token, fence = fence, acquired_at = tonumber(acquired_at),
+    expires_at = tonumber(expires_at), owner = owner,
+  }
+end
+
+local function lease_line(status, token, fence, acquired_at, expires_at, owner)
+  return status .. " " .. token .. " " .. fence .. " " .. integer(acquired_at) .. " "
+    .. integer(expires_at) .. " " .. owner
+end
+
+-- An idempotency record: a line of words, a line of fingerprints, the reservation, the outcome.
+-- The first fingerprint is the reservation's own, the others are those that conflicted with it.
+local function read_record(doc)
+  if not doc then
+    return nil
+  end
+  local status, token, first_seen, last_seen, lease_end, expires_at, conflicts, on_expiry, completed_at,
+    fingerprints, reservation, outcome = string.match(doc,
+    "^(%S+) (%S+) (%d+) (%d+) (%d+) (%d+) (%d+) (%S+) (%S+)\n([^\n]*)\n([^\n]*)\n(.*)$")
+  if not outcome then
+    return nil
+  end
+  return {
+    status = status, token = token, first_seen = first_seen, last_seen = last_seen,
+    lease_end = tonumber(lease_end), expires_at = tonumber(expires_at), conflicts = tonumber(conflicts),
+    on_expiry = on_expiry, completed_at = completed_at, fingerprints = fingerprints,
+    reservation = reservation, outcome = outcome,
+  }
+end
+
+local function record_doc(record)
+  return record.status .. " " .. record.token .. " " .. record.first_seen .. " " .. record.last_seen .. " "
+    .. integer(record.lease_end) .. " " .. integer(record.expires_at) .. " "
+    .. integer(record.conflicts) .. " " .. record.on_expiry .. " " .. record.completed_at .. "\n"
+    .. record.fingerprints .. "\n" .. record.reservation .. "\n" .. record.outcome
+end
+
+-- The records whose time is over, a few a call, without those that this call is about.
+local function records_over(due, now, asked)
+  local busy, over = {}, {}
+  for i = 1, #asked do
+    busy[asked[i]] = true
+  end
+  local found = redis.call("ZRANGEBYSCORE", due, "-inf", integer(now),
+    "LIMIT", "0", integer(math.min(2 * #asked + 10, PRUNE_ROWS_MAX)))
+  for i = 1, #found do
+    if not busy[found[i]] then
+      over[#over + 1] = found[i]
+    end
+  end
+  return over
+end
