@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lupa.lua51
@@ -123,37 +124,58 @@ class LuaCoverage:
 
 def active_lines(source: str | bytes) -> frozenset[int]:
     """The lines of a Lua 5.1 source that hold an instruction, in all its functions."""
+    return frozenset(line for function in functions_of(source) for line in function.lines[:-1])
+
+
+def globals_of(source: str | bytes) -> Iterator[tuple[int, str, bool]]:
+    """Each use of a global in a Lua 5.1 source: line, name, and whether it is assigned to."""
+    read, write = 5, 7  # GETGLOBAL and SETGLOBAL; the name is the constant that they point at
+    for function in functions_of(source):
+        for instruction, line in zip(function.instructions, function.lines, strict=True):
+            if instruction & 0x3F in (read, write):
+                name = function.constants[instruction >> 14].decode()
+                yield line, name, instruction & 0x3F == write
+
+
+@dataclass(frozen=True, slots=True)
+class LuaFunction:
+    """A compiled function: its instructions, the line of each, and its constants."""
+
+    instructions: tuple[int, ...]
+    constants: tuple[Any, ...]
+    lines: tuple[int, ...]
+
+
+def functions_of(source: str | bytes) -> Iterator[LuaFunction]:
+    """All functions of a Lua 5.1 source, called or not; the source itself is the last."""
     text = source.encode() if isinstance(source, str) else source
     lua = lupa.lua51.LuaRuntime(encoding=None)
-    compiled = lua.eval(b"function(text) return string.dump(assert(loadstring(text)), false) end")
-    return frozenset(_Bytecode(compiled(_without_shebang(text))).lines())
+    compiled = lua.eval(b"function(text) return string.dump(assert(loadstring(text))) end")
+    return _Bytecode(compiled(_without_shebang(text))).functions()
 
 
 class _Bytecode:
-    """Reads the line numbers out of what string.dump gives: PUC Lua 5.1, 64 bit, this machine."""
+    """Reads what string.dump gives: PUC Lua 5.1, 64 bit, little endian."""
 
     def __init__(self, dumped: bytes) -> None:
-        if dumped[:6] != b"\x1bLua\x51\x00":
-            raise ValueError("not the bytecode of PUC Lua 5.1")
+        if dumped[:12] != b"\x1bLua\x51\x00\x01\x04\x08\x04\x08\x00":
+            raise ValueError("not the bytecode of PUC Lua 5.1 on a 64 bit, little endian machine")
         self._dumped, self._at = dumped, 12
 
-    def lines(self) -> Iterator[int]:
-        """The lines of the function that starts here, then of the functions inside it."""
+    def functions(self) -> Iterator[LuaFunction]:
         self._string()  # source
         self._take("<ii4B")  # first line, last line; upvalues, parameters, variadic, stack
-        instructions = self._count()
-        self._at += 4 * instructions
+        instructions = self._take(f"<{self._count()}I")
+        constants = tuple(self._constant() for _ in range(self._count()))
         for _ in range(self._count()):
-            self._constant()
-        for _ in range(self._count()):
-            yield from self.lines()
+            yield from self.functions()
         lines = self._take(f"<{self._count()}i")
-        yield from lines[:-1]
         for _ in range(self._count()):  # local variables
             self._string()
             self._take("<ii")
         for _ in range(self._count()):  # upvalues
             self._string()
+        yield LuaFunction(instructions, constants, lines)
 
     def _take(self, form: str) -> tuple[Any, ...]:
         values = struct.unpack_from(form, self._dumped, self._at)
@@ -163,18 +185,17 @@ class _Bytecode:
     def _count(self) -> int:
         return int(self._take("<i")[0])
 
-    def _string(self) -> None:
-        length = int(self._take("<Q")[0])
-        self._at += length
+    def _string(self) -> bytes:
+        length = self._take("<Q")[0]
+        return bytes(self._take(f"{length}s")[0][:-1])  # its last byte is a NUL
 
-    def _constant(self) -> None:
+    def _constant(self) -> Any:
         kind = self._take("<B")[0]
-        if kind == 1:  # boolean
-            self._take("<B")
-        elif kind == 3:  # number
-            self._take("<d")
-        elif kind == 4:
-            self._string()
+        if kind == 1:
+            return bool(self._take("<B")[0])
+        if kind == 3:
+            return self._take("<d")[0]
+        return self._string() if kind == 4 else None
 
 
 def _without_shebang(source: bytes) -> bytes:

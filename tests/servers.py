@@ -79,9 +79,10 @@ class ServerProcess(Server):
         self._reaper: subprocess.Popen[bytes] | None = None
         path = str(Path(self._home.name, CONFIG["unixsocket"]))
         retry = Retry(ConstantBackoff(START_ATTEMPT_SECONDS), START_ATTEMPTS_MAX)
-        self._starting = redis.Redis(unix_socket_path=path, retry=retry)
+        login = {"unix_socket_path": path, "password": config.get("requirepass")}
+        self._starting = redis.Redis(**login, retry=retry)
         # RESP 2, so that replies have the same shape from every server.
-        raw = redis.Redis(unix_socket_path=path, protocol=2, retry=Retry(NoBackoff(), 0))
+        raw = redis.Redis(**login, protocol=2, retry=Retry(NoBackoff(), 0))
         super().__init__(kind, f"unix://{path}", raw)
 
     @property

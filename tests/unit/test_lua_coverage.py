@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from lua_coverage import LuaCoverage, active_lines
+from lua_coverage import LuaCoverage, active_lines, globals_of
 from redis import Redis, ResponseError
 from servers import Server
 
@@ -117,6 +117,12 @@ def test_constants_of_every_type_are_read() -> None:
     """Strings, numbers, booleans and nil in a script do not confuse the reading of its lines."""
     source = 'local a = {"text", 1.5, true, false, nil, [""] = 2}\n\nlocal b = a == nil\nreturn b\n'
     assert active_lines(source) == {1, 3, 4}
+
+
+def test_globals_are_found() -> None:
+    """Every use of a global is found, in functions never called too; locals are none."""
+    source = "local a = 1\nlocal function f()\n  count = a\nend\nreturn {f, KEYS}\n"
+    assert sorted(globals_of(source)) == [(3, "count", True), (5, "KEYS", False)]
 
 
 def test_another_source_under_a_name_is_refused(memory_server: Server) -> None:
