@@ -3,7 +3,7 @@
 Each real server is a process of its own on a unix socket in a short private directory (socket
 paths end at 108 bytes), without TCP, started by the test session that uses it and stopped by it. A
 second, tiny process holds the end of a pipe: should the session itself be killed, it kills the
-server, so that no orphan stays behind.
+server and deletes the directory, so that nothing stays behind.
 """
 
 from __future__ import annotations
@@ -105,9 +105,11 @@ class ServerProcess(Server):
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a ctrl-C is for the tests, which then stop it
             )
+        reap = 'read nothing; kill -9 "$1"; rm -rf "$2"'
         self._reaper = subprocess.Popen(
-            ["/bin/sh", "-c", 'read nothing; kill -9 "$1"', "reaper", str(self._process.pid)],
+            ["/bin/sh", "-c", reap, "reaper", str(self._process.pid), self._home.name],
             stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
