@@ -23,10 +23,9 @@ import logging
 import os
 import re
 import ssl
-import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from redis.asyncio import Redis
@@ -44,7 +43,7 @@ from redis.exceptions import RedisError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
 
 from leasekit.errors import InvalidInput, Unavailable
-from leasekit.wire import ConnectionLost, MemoryWire, RedisWire, Wire
+from leasekit.wire import Command, ConnectionLost, MemoryWire, RedisWire, Wire
 
 __all__ = ["Backend", "ConnectionLost", "ServerInfo", "Wire", "open_backend"]
 
@@ -73,24 +72,28 @@ _TLS_OPTIONS: Final = frozenset(
     }
 )
 
+T = TypeVar("T")
+
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What the start examination learnt."""
+    """What the examination at start learnt.
+
+    name: "redis", "valkey" or "memory".
+    version: of the product; of Valkey its own, not the Redis version that it imitates.
+    shebang: it knows scripts that begin with a `#!lua` line (Redis 7 and newer, every Valkey).
+    persistence: "none", "rdb", "aof:no", "aof:everysec", "aof:always" or "memory"; "aof:unknown"
+        or "unknown" where CONFIG GET is not allowed.
+    url: where it is, without user name, password and options.
+    """
 
     name: str
-    """"redis", "valkey" or "memory"."""
     version: tuple[int, int, int]
-    """Of the product: Valkey's own where there is one, not the Redis version it imitates."""
     shebang: bool
-    """The server knows scripts whose first line is `#!lua` (Redis 7, any Valkey)."""
     persistence: str
-    """"none", "rdb", "aof:no", "aof:everysec", "aof:always", "memory"; "aof:unknown" and "unknown"
-    where CONFIG GET is not allowed."""
     url: str
-    """Where it is, without user name, password and options."""
 
 
 class Backend:
@@ -108,7 +111,7 @@ class Backend:
         self._make_wire = make_wire
         self._timeout_ms = timeout_ms
         self._stop = stop
-        self._wires: weakref.WeakSet[Wire] = weakref.WeakSet()
+        self._wires: set[Wire] = set()
         self._idle: list[Wire] = []
         self._turns = asyncio.Semaphore(COMMAND_CONNECTION_COUNT_MAX)
         self._is_closed = False
@@ -141,26 +144,29 @@ class Backend:
                 f"{self.info.url} stayed busy for {self._timeout_ms} ms: nothing was sent; "
                 "run fewer long reads at a time"
             ) from None
-        wire = None
         try:
-            wire = self._idle.pop() if self._idle else self.wire()
-            await wire.connect()
-            [reply] = await wire.send([args])
-        except ConnectionLost as lost:
-            raise Unavailable(
-                f"lost the connection to {self.info.url}: {lost}; "
-                + ("the command may have been executed" if lost.sent else "nothing was sent")
-            ) from lost
-        except asyncio.CancelledError:
-            if wire is not None:
-                await wire.close()  # Its reply may be long in coming: nobody should queue behind.
-            raise
+            reply = await self._command(args)
         finally:
-            if wire is not None:
-                self._idle.append(wire)
             self._turns.release()
         if isinstance(reply, ResponseError):
             raise reply
+        return reply
+
+    async def _command(self, command: Command) -> Any:
+        wire = self._idle.pop() if self._idle else self.wire()
+        try:
+            await wire.connect()
+            [reply] = await wire.send([command])
+        except BaseException as error:
+            # Also when the caller was cancelled: a reply that is long in coming must not hold up
+            # the next command.
+            await wire.close()
+            self._wires.discard(wire)
+            if isinstance(error, ConnectionLost):
+                state = "the command may have been executed" if error.sent else "nothing was sent"
+                raise Unavailable(f"lost {self.info.url}: {error}; {state}") from error
+            raise
+        self._idle.append(wire)
         return reply
 
     async def close(self) -> None:
@@ -168,10 +174,12 @@ class Backend:
         if self._is_closed:
             return
         self._is_closed = True
-        for wire in list(self._wires):
-            await wire.close()
-        if self._stop is not None:
-            await self._stop()
+        try:
+            for wire in list(self._wires):
+                await wire.close()
+        finally:
+            if self._stop is not None:
+                await self._stop()
 
 
 async def open_backend(
@@ -277,13 +285,15 @@ class _Server:
         """Say why a connection attempt failed, quoting nothing that can hold a secret."""
         causes = _causes(error)
         for cause in causes:
-            if isinstance(cause, ResponseError) or getattr(cause, "status_code", None):
-                return self._explain_refusal(cast(RedisError, cause))
+            if isinstance(cause, RedisError) and (
+                isinstance(cause, ResponseError) or cause.status_code
+            ):
+                return self._explain_refusal(cause)
         if any(isinstance(cause, TimeoutError) for cause in causes):
             reason = f"no answer within {self.timeout_ms} ms"
         else:
-            system_errors = [cause for cause in causes if isinstance(cause, OSError)]
-            reason = str(system_errors[-1] if system_errors else error)
+            known = [cause for cause in causes if isinstance(cause, OSError | RedisError)]
+            reason = str(known[-1]) if known else f"redis-py failed with {type(error).__name__}"
         advice = "check that the server runs and that the address is right"
         if any(isinstance(cause, ssl.SSLError) for cause in causes):
             advice = (
@@ -294,21 +304,23 @@ class _Server:
         )
 
     def _explain_refusal(self, error: RedisError) -> Unavailable:
-        code = getattr(error, "status_code", None) or str(error).partition(" ")[0]
         text = str(error)
-        if code in {"WRONGPASS", "NOAUTH"} or "password" in text.lower():
+        code = error.status_code or text.partition(" ")[0]
+        if "unknown command" in text.lower() or code == "NOPROTO":
+            reason = f"it does not speak RESP3 ({code}): leasekit needs Redis 6.2 or Valkey"
+        elif code in {"WRONGPASS", "NOAUTH"} or "password" in text.lower():
             reason = f"it refuses the user name or password ({code}): correct them in the URL"
-        elif "DB index" in text or "SELECT" in text:
+        elif "DB index" in text:
             reason = f"it has no database {self.options['db']} ({code}): correct it in the URL"
         elif code == "NOPERM":
             reason = (
                 "its ACL forbids this user a command that leasekit cannot do without (NOPERM): "
-                "allow hello, select, info, client|id and client|kill beside eval and data"
+                "allow hello, select, info, client|id and client|kill beside scripts and data"
             )
-        elif "unknown command" in text.lower() or code == "NOPROTO":
-            reason = f"it does not speak RESP3 ({code}): leasekit needs Redis 6.2 or Valkey"
+        elif "max number of clients" in text:
+            reason = "it has as many clients as its maxclients allows: try again later"
         else:
-            reason = f"it refuses connections with {code}"
+            reason = f"it refuses connections ({code})"
         return Unavailable(f"{self.url} does not let leasekit in: {reason}. Nothing was sent")
 
 
@@ -324,22 +336,22 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 def _parse_server_url(url: str, scheme: str) -> dict[str, Any]:
     """The URL's parts as redis-py's connection options, checked more strictly than it does."""
-    parts = urlsplit(url)
+    parts = _unless_invalid(lambda: urlsplit(url))
+    if parts is None:
+        raise _invalid("url", "cannot be taken apart: check its brackets and letters")
     for name, value in parse_qsl(parts.query, keep_blank_values=True):
         if name not in _URL_OPTIONS | _TLS_OPTIONS:
-            shown = name if re.fullmatch(r"[a-z0-9_]{1,40}", name) else "this"
-            raise _invalid("url.query", f"{shown} is not an option that a leasekit URL takes")
+            # An @ behind the question mark: what looks like an option is a part of a password.
+            shown = f"has the option {name}" if "@" not in parts.query else "has an option"
+            raise _invalid("url.query", f"{shown} that a leasekit URL does not take")
         if name in _TLS_OPTIONS and scheme != "rediss":
             raise _invalid(f"url.{name}", "TLS options need rediss://")
         if not value:
             raise _invalid(f"url.{name}", "is empty")
     if parts.fragment:
         raise _invalid("url.fragment", "a URL ends before #; write %23 inside a password")
-    try:
-        port = parts.port
-    except ValueError:
-        port = 0
-    if port == 0:
+    # No port is fine, and must look different from a port that is none.
+    if not _unless_invalid(lambda: 1 if parts.port is None else parts.port):
         raise _invalid(
             "url.port",
             "must be a number from 1 to 65535; write / ? # @ inside a password as %2F %3F %23 %40",
@@ -350,13 +362,20 @@ def _parse_server_url(url: str, scheme: str) -> dict[str, Any]:
             raise _invalid("url.path", "must be absolute: unix:///directory/name.sock")
     elif not re.fullmatch(r"/?[0-9]*", parts.path):
         raise _invalid("url.db", "must be a number: redis://host:port/0")
-    try:
-        options = cast("dict[str, Any]", parse_url(url))
-    except ValueError:
-        raise _invalid("url.query", "an option's value has the wrong form") from None
+    options = cast("dict[str, Any] | None", _unless_invalid(lambda: parse_url(url)))
+    if options is None:
+        raise _invalid("url.query", "has an option whose value has the wrong form")
     if options.get("db", 0) < 0:
         raise _invalid("url.db", "must not be negative", limit=0)
     return options
+
+
+def _unless_invalid(parse: Callable[[], T]) -> T | None:
+    """What `parse` gives, or None for its ValueError, whose text may quote a part of a password."""
+    try:
+        return parse()
+    except ValueError:
+        return None
 
 
 def _load_tls(options: dict[str, Any]) -> RedisSSLContext:
@@ -374,8 +393,8 @@ def _load_tls(options: dict[str, Any]) -> RedisSSLContext:
         raise _invalid(
             "url.ssl", "the TLS options cannot be used: check their values, files and password"
         ) from None
-    if connection.cert_reqs == ssl.CERT_NONE:
-        _logger.warning("ssl_cert_reqs=none: the server's identity is not checked")
+    if connection.cert_reqs == ssl.CERT_NONE or not connection.check_hostname:
+        _logger.warning("the URL switches checks of the server's certificate off")
     return connection.ssl_context
 
 
@@ -389,22 +408,20 @@ async def _open_server(
     wire = server.wire()
     try:
         await wire.connect()
-        async with asyncio.timeout(server.timeout_ms / 1_000):
-            info = await _examine(wire, url or server.url, allow_eviction=allow_eviction)
+        facts = await _read_info(wire, server)
+        info = await _examine(wire, facts, url or server.url, allow_eviction=allow_eviction)
     except ConnectionLost as lost:
-        raise Unavailable(f"lost {server.url} while examining it: {lost}; try again") from None
-    except TimeoutError:
         raise Unavailable(
-            f"{server.url} was still loading its data after {server.timeout_ms} ms: wait for it, "
-            "or connect with a longer timeout_ms"
-        ) from None
+            f"lost {server.url} while examining it: {lost}. Nothing was written; try again"
+        ) from lost
     finally:
         await wire.close()
     return Backend(info, server.wire, timeout_ms=server.timeout_ms, stop=stop)
 
 
-async def _examine(wire: Wire, url: str, *, allow_eviction: bool) -> ServerInfo:
-    facts = await _read_info(wire, url)
+async def _examine(
+    wire: Wire, facts: dict[str, str], url: str, *, allow_eviction: bool
+) -> ServerInfo:
     name = "valkey" if "valkey_version" in facts else "redis"
     text = facts.get("valkey_version") or facts.get("redis_version", "")
     version = _version(text)
@@ -413,14 +430,19 @@ async def _examine(wire: Wire, url: str, *, allow_eviction: bool) -> ServerInfo:
             f"{url} runs Redis {text or 'of unknown version'}; leasekit needs 6.2 or newer, or "
             "Valkey. Nothing was written"
         )
-    policy = facts.get("maxmemory_policy", "unknown")
-    if policy != "noeviction" and not allow_eviction:
-        raise Unavailable(
-            f"{url} has the eviction policy {policy}: when memory is full it would silently delete "
-            "leases, rows and keys that leasekit promised to keep. Nothing was written; run "
-            "CONFIG SET maxmemory-policy noeviction there (and put it into its configuration), or "
-            "pass allow_eviction=True and live without the promises"
+    policy = facts.get("maxmemory_policy", "which it does not tell")
+    if policy != "noeviction":
+        danger = (
+            f"{url} has the eviction policy {policy}: when its memory is full it may silently "
+            "delete leases, rows and keys that leasekit promised to keep"
         )
+        if not allow_eviction:
+            raise Unavailable(
+                f"{danger}. Nothing was written; run CONFIG SET maxmemory-policy noeviction there "
+                "and write it into its configuration, or pass allow_eviction=True and do without "
+                "the promises"
+            )
+        _logger.warning(danger)
     return ServerInfo(
         name=name,
         version=version,
@@ -430,20 +452,26 @@ async def _examine(wire: Wire, url: str, *, allow_eviction: bool) -> ServerInfo:
     )
 
 
-async def _read_info(wire: Wire, url: str) -> dict[str, str]:
+async def _read_info(wire: Wire, server: _Server) -> dict[str, str]:
     """INFO as name -> value, once the server has loaded its data."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + server.timeout_ms / 1_000
     while True:
         [reply] = await wire.send([("INFO",)])
-        if isinstance(reply, bytes):
-            lines = reply.decode("utf-8", "replace").splitlines()
-            facts = dict(line.split(":", 1) for line in lines if ":" in line)
-            if facts.get("loading", "0") == "0":
-                return facts
-        elif not str(reply).startswith("LOADING"):
+        if not isinstance(reply, bytes):
             code = str(reply).partition(" ")[0]
             raise Unavailable(
-                f"{url} refuses INFO ({code}), which leasekit needs to see version and eviction "
-                "policy: allow the user +info. Nothing was written"
+                f"{server.url} refuses INFO ({code}), which leasekit needs to see its version and "
+                "eviction policy: allow this user +info. Nothing was written"
+            )
+        lines = reply.decode("utf-8", "replace").splitlines()
+        facts = dict(line.split(":", 1) for line in lines if ":" in line)
+        if facts.get("loading", "0") == "0":
+            return facts
+        if loop.time() >= deadline:
+            raise Unavailable(
+                f"{server.url} was still loading its data after {server.timeout_ms} ms. Nothing "
+                "was written; try again later, or with a longer timeout_ms"
             )
         await asyncio.sleep(LOADING_POLL_MS / 1_000)
 
@@ -467,10 +495,10 @@ def _version(text: str) -> tuple[int, int, int]:
 
 
 async def _open_embedded(url: str, *, timeout_ms: int, allow_eviction: bool) -> Backend:
+    directory = unquote(_rest(url)) or None
     # Imported here: nobody else needs to be able to start servers.
     from leasekit import embedded
 
-    directory = unquote(url.partition("://")[2]) or None
     embedded_server = await embedded.start(directory)
     server = _Server(
         url=f"unix://{embedded_server.socket_path}",
@@ -490,6 +518,15 @@ async def _open_embedded(url: str, *, timeout_ms: int, allow_eviction: bool) -> 
         raise
 
 
+def _rest(url: str) -> str:
+    """What follows `scheme://`, which must be all there is."""
+    rest = url.partition("://")[2]
+    if "?" in rest or "#" in rest:
+        raise _invalid("url.query", "this scheme takes no options; write %3F and %23 in a name")
+    return rest
+
+
+# The servers behind memory://name, for as long as this process lives.
 _memory_servers: dict[str, Any] = {}
 
 
@@ -505,14 +542,13 @@ def _open_memory(url: str, *, timeout_ms: int) -> Backend:
             "pip install 'leasekit[memory]'"
         ) from None
 
-    name = unquote(url.partition("://")[2])
+    name = _rest(url)
     if not re.fullmatch(r"[A-Za-z0-9_.-]{0,64}", name):
         raise _invalid("url.name", "memory://name takes letters, digits, _ . - only", limit=64)
     version = (7, 0, 0)
+    fake = FakeServer(version=version)
     if name:
-        fake = _memory_servers.setdefault(name, FakeServer(version=version))
-    else:
-        fake = FakeServer(version=version)
+        fake = _memory_servers.setdefault(name, fake)
 
     def make_socket() -> Any:
         return AsyncFakeSocket(fake, 0, client_class=Redis, client_info={"resp": 3})

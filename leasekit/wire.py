@@ -38,6 +38,7 @@ Command: TypeAlias = Sequence[bytes | str | int]
 
 _NOT_ENOUGH_DATA = object()
 _OVERDUE_GRACE_MS = 5
+_CLOSED_HERE = "the connection was closed by this process"
 
 
 class ConnectionLost(Exception):
@@ -75,7 +76,8 @@ class Wire(Protocol):
         may also answer RESP3's float, bool and dict). An error reply is a ResponseError instance
         in the list with the server's full text, not raised. The future fails with ConnectionLost
         when the connection ends first, when the deadline passes and when the wire is closed.
-        It may be cancelled or dropped: the order of the others holds. Never blocks.
+        It may be cancelled or dropped: the order of the others holds. Never blocks. Raises
+        TypeError, before anything is written, for an argument that is no bytes, str or int.
         """
 
     async def close(self) -> None:
@@ -152,10 +154,7 @@ class _Pipeline(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         while self._outstanding:
-            future = self._outstanding.popleft()[1]
-            if not future.done():
-                future.set_exception(ConnectionLost(reason, sent=True))
-                future.exception()  # A dropped future shall not complain when collected.
+            _fail(self._outstanding.popleft()[1], reason, sent=True)
 
     def _check_deadline(self) -> None:
         self._timer = None
@@ -202,7 +201,7 @@ class RedisWire:
 
     async def connect(self) -> None:
         if self._is_closed:
-            raise Unavailable("this connection was closed: nothing was sent; open a new one")
+            raise Unavailable(f"{_CLOSED_HERE}: nothing was sent; make a new one")
         if self.is_connected:
             return
         if self._connecting is None:
@@ -211,18 +210,16 @@ class RedisWire:
         attempt = self._connecting
         await asyncio.wait([attempt])  # A caller who gives up does not cancel it for the others.
         if attempt.cancelled():
-            raise Unavailable("the connection was closed while it was made: nothing was sent")
+            raise Unavailable(f"{_CLOSED_HERE}: nothing was sent")
         attempt.result()
 
     def send(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
         if self._pipeline is not None and self._pipeline.is_open:
             return self._pipeline.send(commands)
-        return _failed("not connected", sent=False)
+        return _not_connected()
 
     async def close(self) -> None:
         self._is_closed = True
-        if self._pipeline is not None:
-            self._pipeline.end("the connection was closed by this process")
         if self._connecting is not None:
             self._connecting.cancel()
             await asyncio.wait([self._connecting])
@@ -242,7 +239,7 @@ class RedisWire:
                 if await connection.can_read():
                     raise RedisError("the server sent more than it was asked for")
             self._pipeline = _Pipeline(connection, timeout_ms=self._timeout_ms)
-        except (RedisError, OSError, TimeoutError) as error:
+        except Exception as error:  # A server that answers oddly can make redis-py raise anything.
             failure = self._explain(error)
         finally:
             if self._pipeline is None:
@@ -253,7 +250,10 @@ class RedisWire:
             raise failure
 
     async def _disconnect(self) -> None:
-        connection, self._connection, self._pipeline = self._connection, None, None
+        connection, self._connection = self._connection, None
+        if self._pipeline is not None:
+            self._pipeline.end(_CLOSED_HERE)
+            self._pipeline = None
         if connection is not None:
             with contextlib.suppress(RedisError, OSError):
                 await connection.disconnect()
@@ -287,14 +287,14 @@ class MemoryWire:
 
     async def connect(self) -> None:
         if self._is_closed:
-            raise Unavailable("this connection was closed: nothing was sent; open a new one")
+            raise Unavailable(f"{_CLOSED_HERE}: nothing was sent; make a new one")
         if self._server_task is None:
             self._socket = self._make_socket()
             self._server_task = asyncio.create_task(self._serve())
 
     def send(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
         if not self.is_connected:
-            return _failed("not connected", sent=False)
+            return _not_connected()
         future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
         packed = [pack_command(cast(Any, tuple(command))) for command in commands]
         self._outstanding.append((packed, future))
@@ -304,10 +304,7 @@ class MemoryWire:
     async def close(self) -> None:
         self._is_closed = True
         while self._outstanding:
-            future = self._outstanding.popleft()[1]
-            if not future.done():
-                future.set_exception(ConnectionLost("closed by this process", sent=True))
-                future.exception()
+            _fail(self._outstanding.popleft()[1], _CLOSED_HERE, sent=True)
         if self._server_task is not None:
             self._server_task.cancel()
             await asyncio.wait([self._server_task])
@@ -337,14 +334,18 @@ def _with_code(reply: Any) -> Any:
     """Give the error replies of fakeredis, nested ones too, the code word that a server sends."""
     if isinstance(reply, list):
         return [_with_code(item) for item in reply]
-    if isinstance(reply, ResponseError | RedisError):
-        code = getattr(reply, "status_code", None)
-        return ResponseError(f"{code} {reply}" if code else str(reply))
+    if isinstance(reply, RedisError):
+        return ResponseError(f"{reply.status_code} {reply}" if reply.status_code else str(reply))
     return reply
 
 
-def _failed(reason: str, *, sent: bool) -> asyncio.Future[list[Any]]:
+def _not_connected() -> asyncio.Future[list[Any]]:
     future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-    future.set_exception(ConnectionLost(reason, sent=sent))
-    future.exception()
+    _fail(future, "there is no connection", sent=False)
     return future
+
+
+def _fail(future: asyncio.Future[list[Any]], reason: str, *, sent: bool) -> None:
+    if not future.done():
+        future.set_exception(ConnectionLost(reason, sent=sent))
+        future.exception()  # So that a dropped future does not complain when it is collected.
