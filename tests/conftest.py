@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 from fakeredis import FakeRedis, FakeServer
 from hypothesis import settings
+from lua_coverage import LuaCoverage, active_lines
 from servers import NoServer, Server, ServerProcess
 
 from leasekit import connect
+from leasekit.scripts import Argument, read_scripts
 
 KINDS_REAL = ("valkey-9", "redis-6.2", "redis-path")
 KINDS = (*KINDS_REAL, "memory")
@@ -26,6 +29,9 @@ KINDS = (*KINDS_REAL, "memory")
 settings.register_profile("home", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") == "true" else "home")
+
+# With --lua-coverage: counts the lines that run_script runs, for the report at the end.
+COUNTER = pytest.StashKey[LuaCoverage]()
 
 _tenant_numbers = itertools.count(1)
 _memory_numbers = itertools.count(1)
@@ -96,6 +102,88 @@ def private_server() -> Iterator[Callable[..., ServerProcess]]:
 
 
 @pytest.fixture
+def run_script(
+    server: Server, request: pytest.FixtureRequest
+) -> Callable[[str, Mapping[str, str], Mapping[str, Argument], Iterable[Argument]], Any]:
+    """Runs a command on `server`: `run_script(name, keys, arguments, items)`.
+
+    `keys` and `arguments` by the names of the command's header, the fields of all items in a row.
+    Gives the raw reply, raises redis.ResponseError; with --lua-coverage through the line counter.
+    """
+    counter: LuaCoverage | None = request.config.stash.get(COUNTER, None)
+
+    def run(
+        name: str,
+        keys: Mapping[str, str],
+        arguments: Mapping[str, Argument],
+        items: Iterable[Argument] = (),
+    ) -> Any:
+        command = read_scripts()[name]
+        key_count, *rest = command.bind(keys, arguments)
+        rest += items
+        if counter is None:
+            return server.raw.eval(command.text(shebang=server.knows_flags), key_count, *rest)
+        return counter.run(
+            server.raw, name, command.source, rest[: int(key_count)], rest[int(key_count) :]
+        )
+
+    return run
+
+
+@pytest.fixture
 def tenant_name() -> str:
     """A name that no other test of this session uses; it is spelled the same in keys."""
     return f"t{next(_tenant_numbers)}"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--lua-coverage",
+        action="store_true",
+        help="run scripts through a line counter; fail if a line of lua/ has not run",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--lua-coverage"):
+        config.stash[COUNTER] = LuaCoverage()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of xdist hands its count to the session that started it; that one judges."""
+    counter = session.config.stash.get(COUNTER, None)
+    if counter is None:
+        return
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["lua_hits"] = counter.hits()
+    elif missed_lines(counter) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    counter = node.config.stash.get(COUNTER, None)
+    if counter is not None:
+        counter.add(getattr(node, "workeroutput", {}).get("lua_hits", {}))
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    counter = config.stash.get(COUNTER, None)
+    if counter is not None:
+        terminalreporter.section("lines of Lua that have not run")
+        for path, lines in missed_lines(counter).items():
+            terminalreporter.line(f"{path}: {', '.join(map(str, lines))}")
+
+
+def missed_lines(counter: LuaCoverage) -> dict[str, list[int]]:
+    """By file of lua/: the lines that could run and have not, in any script where they stand."""
+    hits, commands = counter.hits(), read_scripts()
+    prelude = next(iter(commands.values())).prelude
+    offset = prelude.count("\n")
+    missed = {"prelude.lua": active_lines(prelude).difference(*hits.values())}
+    for name, command in commands.items():
+        lines = active_lines(command.source).difference(hits.get(name, ()))
+        missed[f"{name}.lua"] = frozenset(line - offset for line in lines if line > offset)
+    return {path: sorted(lines) for path, lines in missed.items() if lines}

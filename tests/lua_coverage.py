@@ -13,7 +13,7 @@ where a `return` stands before it.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,15 +62,15 @@ end
 
 
 class LuaCoverage:
-    """Runs scripts against `client` and remembers, by script name, which lines have run."""
+    """Runs scripts against clients and remembers, by script name, which lines have run."""
 
-    def __init__(self, client: redis.Redis) -> None:
-        self._client = client
+    def __init__(self) -> None:
         self._sources: dict[str, bytes] = {}
-        self._hit: dict[str, set[int]] = {}
+        self._hits: dict[str, set[int]] = {}
 
     def run(
         self,
+        client: redis.Redis,
         name: str,
         source: str | bytes,
         keys: Sequence[str | bytes],
@@ -87,14 +87,14 @@ class LuaCoverage:
         chunk = name.encode()
         host = lua.eval(b"function(text, name) return assert(loadstring(text, name)) end")
         lines = lua.table()
-        run = host(HOST.encode(), b"=host")(lambda *call: self._send(lua, call), b"=" + chunk)
+        run = host(HOST.encode(), b"=host")(lambda *call: _send(lua, client, call), b"=" + chunk)
         reply = run(
             host(_without_shebang(text), b"=" + chunk),
             lua.table(*map(_argument, keys)),
             lua.table(*map(_argument, arguments)),
             lines,
         )
-        self._hit.setdefault(name, set()).update(lines)
+        self._hits.setdefault(name, set()).update(lines)
         result = _from_lua(reply)
         if isinstance(result, redis.ResponseError):
             raise result
@@ -103,23 +103,30 @@ class LuaCoverage:
     def missed(self) -> dict[str, list[int]]:
         """For each script that ran: the lines that could run and have not, in order."""
         return {
-            name: sorted(active_lines(source) - self._hit[name])
+            name: sorted(active_lines(source) - self._hits[name])
             for name, source in sorted(self._sources.items())
         }
 
-    def hit(self) -> Mapping[str, frozenset[int]]:
-        """For each script that ran: the lines that have run."""
-        return {name: frozenset(lines) for name, lines in self._hit.items()}
+    def hits(self) -> dict[str, list[int]]:
+        """For each script that ran: the lines that have run, in order."""
+        return {name: sorted(lines) for name, lines in self._hits.items()}
 
-    def _send(self, lua: Any, call: Sequence[Any]) -> Any:
-        for argument in call:
-            if isinstance(argument, bool) or not isinstance(argument, bytes | int | float):
-                text = b"ERR Lua redis lib command arguments must be strings or integers"
-                return lua.table_from({b"err": text})
-        kind, value = self._client.eval(BRIDGE, 0, *map(_argument, call))
-        if kind == b"value":
-            return _to_lua(lua, value)
-        return lua.table_from({b"ok" if kind == b"status" else b"err": value})
+    def add(self, hits: Mapping[str, Iterable[int]]) -> None:
+        """Count the lines in that another process has run."""
+        for name, lines in hits.items():
+            self._hits.setdefault(name, set()).update(lines)
+
+
+def _send(lua: Any, client: redis.Redis, call: Sequence[Any]) -> Any:
+    """What `redis.pcall` gives the script for one call."""
+    for argument in call:
+        if isinstance(argument, bool) or not isinstance(argument, bytes | int | float):
+            text = b"ERR Lua redis lib command arguments must be strings or integers"
+            return lua.table_from({b"err": text})
+    kind, value = client.eval(BRIDGE, 0, *map(_argument, call))
+    if kind == b"value":
+        return _to_lua(lua, value)
+    return lua.table_from({b"ok" if kind == b"status" else b"err": value})
 
 
 def active_lines(source: str | bytes) -> frozenset[int]:

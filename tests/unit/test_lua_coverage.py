@@ -74,7 +74,7 @@ def test_reply_is_the_servers(server: Server, key: str, script: str) -> None:
     theirs = server.raw.eval(script, 1, key, *arguments)
     server.raw.delete(key)
 
-    assert LuaCoverage(server.raw).run("script", script, [key], arguments) == theirs
+    assert LuaCoverage().run(server.raw, "script", script, [key], arguments) == theirs
 
 
 @pytest.mark.parametrize(("script", "text"), ERRORS.values(), ids=ERRORS.keys())
@@ -85,27 +85,36 @@ def test_error_is_raised(real_server: Server, key: str, script: str, text: str) 
     real_server.raw.delete(key)
 
     with pytest.raises(ResponseError, match=text):
-        LuaCoverage(real_server.raw).run("script", script, [key], [])
+        LuaCoverage().run(real_server.raw, "script", script, [key], [])
 
 
 def test_missed_lines(memory_server: Server) -> None:
     """Lines never run are missed, in functions never called too; the rest adds up over runs."""
-    coverage = LuaCoverage(memory_server.raw)
-    assert coverage.run("branches", BRANCHES, [], ["yes"]) == [1]
+    coverage = LuaCoverage()
+    assert coverage.run(memory_server.raw, "branches", BRANCHES, [], ["yes"]) == [1]
     assert coverage.missed() == {"branches": [5, 10, 11]}
 
-    assert coverage.run("branches", BRANCHES, [], ["no"]) == [2]
+    assert coverage.run(memory_server.raw, "branches", BRANCHES, [], ["no"]) == [2]
     assert coverage.missed() == {"branches": [10, 11]}
 
 
 def test_lines_before_an_error_count(memory_server: Server) -> None:
     """A run that ends in an error has hit the lines up to it."""
-    coverage = LuaCoverage(memory_server.raw)
+    coverage = LuaCoverage()
     with pytest.raises(ResponseError):
-        coverage.run("fails", "local a = 1\nnosuch()\nreturn a\n", [], [])
+        coverage.run(memory_server.raw, "fails", "local a = 1\nnosuch()\nreturn a\n", [], [])
 
-    assert coverage.hit() == {"fails": {1, 2}}
+    assert coverage.hits() == {"fails": [1, 2]}
     assert coverage.missed() == {"fails": [3]}
+
+
+def test_lines_of_another_process_count() -> None:
+    """What a second process has run is added to what this one has."""
+    coverage = LuaCoverage()
+    coverage.add({"script": [1, 2]})
+    coverage.add({"script": [2, 5], "other": []})
+
+    assert coverage.hits() == {"script": [1, 2, 5], "other": []}
 
 
 def test_shebang_keeps_line_numbers() -> None:
@@ -127,14 +136,14 @@ def test_globals_are_found() -> None:
 
 def test_another_source_under_a_name_is_refused(memory_server: Server) -> None:
     """Hits of different texts under one name would be added up wrongly, so that is refused."""
-    coverage = LuaCoverage(memory_server.raw)
-    coverage.run("script", "return 1", [], [])
+    coverage = LuaCoverage()
+    coverage.run(memory_server.raw, "script", "return 1", [], [])
     with pytest.raises(ValueError, match="another source"):
-        coverage.run("script", "return 2", [], [])
+        coverage.run(memory_server.raw, "script", "return 2", [], [])
 
 
 def test_data_is_the_servers(server: Server, key: str) -> None:
     """What a script writes through the bridge is there for everybody else."""
-    LuaCoverage(server.raw).run("set", "return redis.call('SET', KEYS[1], ARGV[1])", [key], [7])
+    LuaCoverage().run(server.raw, "set", "return redis.call('SET', KEYS[1], ARGV[1])", [key], [7])
     assert server.raw.get(key) == b"7"
     assert isinstance(server.raw, Redis)
