@@ -9,7 +9,8 @@ a wire per cluster node may stand where one stands today.
 several coroutines per reply, and there are tens of thousands of replies a second. So `_Pipeline`
 becomes the protocol of the open transport (`BaseTransport.set_protocol`, public asyncio, also on
 TLS and uvloop) and feeds what arrives straight into a hiredis reader: no task, no queue, no copy.
-The only private thing it touches is `connection._writer`, for the transport; a test guards it.
+The only private thing it touches is `connection._writer`, for the transport: should redis-py rename
+that, every test of a wire fails.
 
 **Nothing is ever sent twice here.** A lost connection fails what is outstanding with
 `ConnectionLost`; whether to repeat, and under which name, is decided above.
@@ -37,7 +38,6 @@ __all__ = ["Command", "ConnectionLost", "MemoryWire", "RedisWire", "Wire"]
 Command: TypeAlias = Sequence[bytes | str | int]
 
 _NOT_ENOUGH_DATA = object()
-_OVERDUE_GRACE_MS = 5
 _CLOSED_HERE = "the connection was closed by this process"
 
 
@@ -95,7 +95,6 @@ class _Pipeline(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._timeout_s = timeout_ms / 1_000
         self._timer: asyncio.TimerHandle | None = None
-        self._overdue: asyncio.Future[list[Any]] | None = None
         reader = Reader(replyError=ResponseError, notEnoughData=_NOT_ENOUGH_DATA)
         self._feed, self._next_reply = reader.feed, reader.gets
         # What is outstanding, oldest first: reply count, future, deadline in loop time.
@@ -157,20 +156,16 @@ class _Pipeline(asyncio.Protocol):
             _fail(self._outstanding.popleft()[1], reason, sent=True)
 
     def _check_deadline(self) -> None:
+        # After a pause of this process (a blocked loop, SIGSTOP) replies may lie in the socket;
+        # asyncio and uvloop both read before they run timers, so what came in time is gone here.
         self._timer = None
         if not self._outstanding:
             return
-        _, future, deadline = self._outstanding[0]
-        now = self._loop.time()
-        if now >= deadline:
-            if self._overdue is future:
-                self.end(f"no reply within {round(self._timeout_s * 1_000)} ms")
-                return
-            # After a pause of this process (a blocked loop, SIGSTOP) the reply may lie unread in
-            # the socket, and uvloop runs timers before it reads. So: read once more, then judge.
-            self._overdue = future
-            deadline = now + _OVERDUE_GRACE_MS / 1_000
-        self._timer = self._loop.call_at(deadline, self._check_deadline)
+        deadline = self._outstanding[0][2]
+        if self._loop.time() >= deadline:
+            self.end(f"no reply within {round(self._timeout_s * 1_000)} ms")
+        else:
+            self._timer = self._loop.call_at(deadline, self._check_deadline)
 
 
 class RedisWire:

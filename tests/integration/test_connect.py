@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import socket
 import subprocess
@@ -396,6 +397,7 @@ async def blocked_loop(url: str) -> list[Any]:
     wire = backend.wire()
     await wire.connect()
     reply = wire.send([("ECHO", "in time")])
+    await one_turn()
     blocked_until = time.monotonic() + 0.2
     while time.monotonic() < blocked_until:
         pass
@@ -414,19 +416,24 @@ def test_blocked_event_loop_is_not_blamed_on_the_server(
 
 
 @pytest.mark.parametrize(
-    "answer",
-    [b"garbage\r\n", b"*2\r\n:1\r\n?\r\n", b"$-7\r\n", None],
+    ("answer", "reason"),
+    [
+        (b"garbage\r\n", "not the Redis protocol"),
+        (b"*2\r\n:1\r\n?\r\n", "not the Redis protocol"),
+        (b"$-7\r\n", "not the Redis protocol"),
+        (None, "closed the connection"),
+    ],
     ids=["no type", "inside a list", "length", "closed"],
 )
 async def test_nonsense_ends_the_connection(
-    answer: bytes | None, folder: Path, opened: Opener
+    answer: bytes | None, reason: str, folder: Path, opened: Opener
 ) -> None:
     """A server that breaks the protocol or hangs up fails all outstanding sends."""
     async with Puppet(folder / "s", {"ASK": answer}) as puppet:
         wire = await opened.wire(puppet.url)
         good, bad = wire.send([("CLIENT",)]), wire.send([("ASK",), ("SILENCE",)])
         assert await good == [7]
-        with pytest.raises(ConnectionLost) as lost:
+        with pytest.raises(ConnectionLost, match=reason) as lost:
             await bad
         assert lost.value.sent
         assert not wire.is_connected
@@ -936,27 +943,23 @@ async def test_failure_inside_the_fake_server_is_an_error_reply(
 # embedded://
 
 
-async def test_embedded_server_is_used_and_left(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_embedded_server_is_used_and_left(folder: Path) -> None:
     """embedded:// starts a server in the directory of the URL and leaves it at close."""
-    embedded = pytest.importorskip("leasekit.embedded")
+    backend = await open_backend(f"embedded://{folder}")
+    process_id = 0
     try:
-        backend = await open_backend(f"embedded://{folder}")
-    except Unavailable as error:
-        pytest.skip(str(error))
-    assert await backend.command("SET", "a", 1) == b"OK"
-    assert backend.info.url == f"embedded://{folder}"
-    assert backend.info.persistence == "aof:always"
-    await backend.close()
-    assert embedded is not None
+        assert backend.info.url == f"embedded://{folder}"
+        assert backend.info.persistence == "aof:always"
+        facts = (await backend.command("INFO", "server")).decode()
+        process_id = int(facts.partition("process_id:")[2].split()[0])
+    finally:
+        await backend.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(process_id, 0)
 
 
-async def test_embedded_server_is_left_when_it_is_refused(
-    running: Callable[[str], ServerProcess], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_embedded_server_is_left_when_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing keeps running when the start fails."""
-    embedded = pytest.importorskip("leasekit.embedded")
     stopped: list[str] = []
 
     class Unfit:
@@ -970,7 +973,7 @@ async def test_embedded_server_is_left_when_it_is_refused(
         assert directory == "relative/folder"
         return Unfit()
 
-    monkeypatch.setattr(embedded, "start", start)
+    monkeypatch.setattr("leasekit.embedded.start", start)
     with pytest.raises(Unavailable):
         await open_backend("embedded://relative/folder")
     assert stopped == ["/absent"]
