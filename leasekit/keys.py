@@ -58,7 +58,9 @@ def tenant_tag(org: str, workspace: str, deployment: str | None = None) -> str:
         parts.append(("deployment", deployment))
     for field, part in parts:
         if not isinstance(part, str):
-            raise InvalidInput(f"tenant {field} must be text, not {type(part).__name__}", field=field)
+            raise InvalidInput(
+                f"tenant {field} must be text, not {type(part).__name__}", field=field
+            )
         if not part.strip():
             raise InvalidInput(f"tenant {field} is required: it is empty or blank", field=field)
         try:

@@ -147,7 +147,9 @@ def _read(path: Path, directory: Path, prelude: str) -> Script:
         start = re.match(r"-- ([A-Z]+) +(\S.*)$", line)
         if start and start[1] in _FIELDS:
             current = start[1]
-            if current in found or _FIELDS.index(current) < max(map(_FIELDS.index, found), default=0):
+            if current in found or _FIELDS.index(current) < max(
+                map(_FIELDS.index, found), default=0
+            ):
                 raise bad(number, f"{current} stands twice or out of order ({' '.join(_FIELDS)})")
             found[current] = [(number, start[2])]
         elif current and re.match(r"--  +\S", line):
@@ -238,7 +240,21 @@ def translate(error: Exception, command: str, *, tenant: str | None = None) -> L
             "release still work and free memory; raise maxmemory or keep fewer finished rows",
             tenant=tenant,
         )
-    if code in ("LOADING", "MISCONF", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "BUSY", "NOREPLICAS"):
+    if code == "NOSCRIPT":
+        return Unavailable(
+            f"{command}: the server does not have the script and refuses to load it; nothing was "
+            "applied; load the scripts as another user, or allow `script|load`",
+            tenant=tenant,
+        )
+    if code in (
+        "LOADING",
+        "MISCONF",
+        "READONLY",
+        "MASTERDOWN",
+        "CLUSTERDOWN",
+        "BUSY",
+        "NOREPLICAS",
+    ):
         return Unavailable(
             f"{command}: the server refuses work now ({text}); nothing was applied; "
             "it is safe to try again later",

@@ -1,0 +1,47 @@
+"""leasekit: claims, leases and idempotency keys on Redis, for dispatchers that must not send twice.
+
+async with leasekit.connect("redis://localhost") as kit:
+    outbox = kit.tenant("acme", "production").outbox
+    await outbox.enqueue("webhooks", "billing", {"event": "paid"})
+    for claim in await outbox.claim("webhooks", "billing", consumer="dispatcher-1"):
+        await claim.ack()
+"""
+
+from importlib.metadata import version
+
+from leasekit.client import Leasekit, Tenant, connect
+from leasekit.codec import new_id, new_token
+from leasekit.errors import (
+    Conflict,
+    CorruptState,
+    InvalidInput,
+    LeasekitError,
+    LeaseLost,
+    OutcomeUnknown,
+    Overloaded,
+    ScriptFailed,
+    Unavailable,
+)
+from leasekit.model import Draft, Outcome, Retention
+
+__all__ = [
+    "Conflict",
+    "CorruptState",
+    "Draft",
+    "InvalidInput",
+    "LeaseLost",
+    "Leasekit",
+    "LeasekitError",
+    "Outcome",
+    "OutcomeUnknown",
+    "Overloaded",
+    "Retention",
+    "ScriptFailed",
+    "Tenant",
+    "Unavailable",
+    "connect",
+    "new_id",
+    "new_token",
+]
+
+__version__ = version("leasekit")

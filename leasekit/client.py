@@ -1,0 +1,187 @@
+"""The client: `connect` gives a Leasekit, a Leasekit gives tenants, a tenant gives the concepts."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Generator
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import Any, Literal
+
+from leasekit import codec
+from leasekit.coalesce import Coalescer
+from leasekit.connect import Backend, ServerInfo, open_backend
+from leasekit.errors import InvalidInput, Unavailable
+from leasekit.idempotency import Idempotency
+from leasekit.keys import registry_keys, tenant_parts, tenant_tag
+from leasekit.lease import Leases
+from leasekit.model import Page, Retention, TenantContext
+from leasekit.outbox import Outbox
+from leasekit.scope import (
+    PAGE_LIMIT_DEFAULT,
+    Scope,
+    Settings,
+    Shared,
+    decode_cursor,
+    encode_cursor,
+)
+
+__all__ = ["Leasekit", "Tenant", "connect"]
+
+TIMEOUT_MS_DEFAULT = 5_000
+TIMEOUT_MS_MAX = 600_000
+TENANTS_REMEMBERED = 10_000
+
+
+class Tenant:
+    """One tenant: nothing of it can be seen or touched from another one.
+
+    `actor` says who acts, for records; it never makes another tenant.
+    """
+
+    __slots__ = ("context", "idempotency", "leases", "outbox", "tag")
+
+    def __init__(self, scope: Scope) -> None:
+        self.tag = scope.tag
+        self.context = scope.context
+        self.leases = Leases(scope)
+        self.outbox = Outbox(scope)
+        self.idempotency = Idempotency(scope)
+
+    def __repr__(self) -> str:
+        return f"<Tenant {self.tag}>"
+
+
+class Leasekit:
+    """A connected client, for one event loop. Made by `connect`."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        self._tenants: OrderedDict[tuple[str, str | None], Tenant] = OrderedDict()
+
+    def __repr__(self) -> str:
+        coalescer = self._shared.coalescer
+        return (
+            f"<Leasekit {self._shared.backend.info.url} "
+            f"{coalescer.queued_rows} queued, {coalescer.flights} in flight>"
+        )
+
+    @property
+    def server(self) -> ServerInfo:
+        """What the server is, as it was found at the start."""
+        return self._shared.backend.info
+
+    def tenant(
+        self, org: str, workspace: str, deployment: str | None = None, actor: str | None = None
+    ) -> Tenant:
+        """The tenant of that name; parts are 1..64 bytes of any text. Nothing is sent."""
+        tag = tenant_tag(org, workspace, deployment)
+        if actor is not None:
+            codec.check_text(actor, "actor")
+        tenant = self._tenants.get((tag, actor))
+        if tenant is None:
+            context = TenantContext(org, workspace, deployment, actor)
+            tenant = Tenant(Scope(self._shared, tag, context))
+            self._tenants[tag, actor] = tenant
+            if len(self._tenants) > TENANTS_REMEMBERED:
+                self._tenants.popitem(last=False)
+        return tenant
+
+    async def tenants(
+        self, cursor: str | None = None, *, limit: int = PAGE_LIMIT_DEFAULT
+    ) -> Page[Tenant]:
+        """A page of the tenants that were ever written to, in the order of their encoded names."""
+        codec.check_whole(limit, "limit", 1, codec.BATCH_MAX)
+        position = decode_cursor(cursor, (str,))
+        names = registry_keys(self._shared.settings.prefix)["names"]
+        start = f"({position[0]}" if position else "-"
+        tags: list[bytes] = await self._shared.backend.command(
+            "ZRANGEBYLEX", names, start, "+", "LIMIT", 0, limit + 1
+        )
+        found = [tag.decode() for tag in tags[:limit]]
+        page = [self.tenant(*tenant_parts(tag)) for tag in found]
+        return Page(page, encode_cursor(found[-1]) if len(tags) > limit else None)
+
+    async def close(self) -> None:
+        """Refuse new calls, let those under way finish, and close all connections."""
+        await self._shared.coalescer.close()
+        for task in list(self._shared.background):
+            task.cancel()
+        await self._shared.backend.close()
+
+
+class connect(AbstractAsyncContextManager[Leasekit]):  # noqa: N801  # reads as a function
+    """Connect to a server: `async with leasekit.connect(url) as kit:`, or `kit = await connect(url)`.
+
+    url: redis://, rediss://, unix://, embedded://[dir] (a private real server) or memory:// (for
+    tests, not durable); None = the environment's LEASEKIT_URL, else embedded://. prefix: what all keys
+    begin with. retention: how long finished things are kept. clock: `server`, or `caller` for tests and
+    replays, which makes every call take now_ms. timeout_ms: how long a reply may take, and how long a
+    call waits for a lost connection to come back. allow_eviction: accept a server that may drop rows.
+    payload_bytes_max: at most 1 MiB.
+
+    Raises InvalidInput and Unavailable. After `await`, close it: `await kit.close()`.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        prefix: str = "lk",
+        retention: Retention | None = None,
+        clock: Literal["server", "caller"] = "server",
+        timeout_ms: int = TIMEOUT_MS_DEFAULT,
+        allow_eviction: bool = False,
+        payload_bytes_max: int = codec.PAYLOAD_BYTES_DEFAULT,
+    ) -> None:
+        if clock not in ("server", "caller"):
+            raise InvalidInput("clock must be 'server' or 'caller'", field="clock")
+        registry_keys(prefix)
+        codec.check_whole(timeout_ms, "timeout_ms", 1, TIMEOUT_MS_MAX)
+        codec.check_whole(payload_bytes_max, "payload_bytes_max", 1, codec.PAYLOAD_BYTES_MAX)
+        kept = retention or Retention()
+        for field in kept.__struct_fields__:
+            least = 1 if field == "dedupe_ms" else 0
+            most = codec.DURATION_MS_MAX if field.endswith("_ms") else codec.INSTANT_MS_MAX
+            codec.check_whole(getattr(kept, field), f"retention.{field}", least, most)
+        self._url = url
+        self._timeout_ms = timeout_ms
+        self._allow_eviction = allow_eviction
+        self._settings = Settings(prefix, clock, kept, payload_bytes_max)
+        self._kit: Leasekit | None = None
+
+    async def _open(self) -> Leasekit:
+        backend = await open_backend(
+            self._url, timeout_ms=self._timeout_ms, allow_eviction=self._allow_eviction
+        )
+        try:
+            return await self._open_on(backend)
+        except BaseException:
+            await backend.close()
+            raise
+
+    async def _open_on(self, backend: Backend) -> Leasekit:
+        coalescer = Coalescer(
+            backend.wire(), shebang=backend.info.shebang, timeout_ms=self._timeout_ms
+        )
+        await coalescer.start()
+        return Leasekit(Shared(self._settings, backend, coalescer))
+
+    def __await__(self) -> Generator[Any, None, Leasekit]:
+        return self._open().__await__()
+
+    async def __aenter__(self) -> Leasekit:
+        if self._kit is not None:
+            raise Unavailable("this connect() is open already: call connect() again for another")
+        self._kit = await self._open()
+        return self._kit
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        kit, self._kit = self._kit, None
+        if kit is not None:
+            await kit.close()

@@ -1,0 +1,250 @@
+"""Values in and out: ids and tokens, canonical JSON, hashes, and the checks that refuse bad input.
+
+Everything a caller passes is checked here, before anything is sent, and named in the error: field,
+limit, value (never a payload or a token). JSON is written canonically (keys sorted, compact, UTF-8),
+so that equal values are equal bytes. The hashes are those of spec/reliability 0.2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+import threading
+import time
+from base64 import urlsafe_b64encode
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from leasekit.errors import InvalidInput
+
+__all__ = [
+    "canonical_json",
+    "fingerprint",
+    "hash_length_prefixed",
+    "hash_terminated",
+    "new_id",
+    "new_token",
+]
+
+ID_BYTES_MAX = 200
+NAME_BYTES_MAX = 200
+TOKEN_LENGTH = 22
+PAYLOAD_BYTES_DEFAULT = 256 * 1024
+PAYLOAD_BYTES_MAX = 1024 * 1024
+DOCUMENT_BYTES_MAX = 64 * 1024
+ERROR_TEXT_MAX = 2_000
+BATCH_MAX = 1_000
+LEASE_MS_MAX = 12 * 3_600_000
+NOW_MS_MAX = 4_102_444_800_000
+INSTANT_MS_MAX = 9_007_199_254_740_991
+DURATION_MS_MAX = 3_155_760_000_000
+
+INTEGER_MIN = -(2**63)
+INTEGER_MAX = 2**64 - 1
+
+_LONG_NUMBER = re.compile(rb"[0-9]{19}")
+_BASE32 = "0123456789abcdefghjkmnpqrstvwxyz"
+_PAIRS = [first + second for first in _BASE32 for second in _BASE32]
+_RANDOM_BITS = 80
+_ID_CHARACTERS = frozenset(_BASE32)
+_TOKEN_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_")
+_ID_LENGTH = 26
+
+
+class _IdSource:
+    """Time-ordered ids, strictly rising within a process, also within a millisecond.
+
+    48 bits of milliseconds and 80 random bits; an id that would not rise is the last one plus a
+    random step. A child process starts anew, so that two processes never count on from one number.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last = 0
+        os.register_at_fork(after_in_child=self._start_anew)
+
+    def _start_anew(self) -> None:
+        self._lock = threading.Lock()
+        self._last = 0
+
+    def next(self) -> str:
+        noise = int.from_bytes(os.urandom(10))
+        with self._lock:
+            number = ((time.time_ns() // 1_000_000) << _RANDOM_BITS) | (noise >> 1)
+            if number <= self._last:
+                number = self._last + 1 + (noise & 0xFFFFFFFF)
+            self._last = number
+        return "".join([_PAIRS[(number >> shift) & 1023] for shift in range(120, -1, -10)])
+
+
+_ids = _IdSource()
+
+
+def new_id() -> str:
+    """A new row id: 26 characters that sort by time; strictly rising within a process."""
+    return _ids.next()
+
+
+def new_token() -> str:
+    """A new token: 128 random bits as 22 base64url characters."""
+    return urlsafe_b64encode(os.urandom(16))[:TOKEN_LENGTH].decode()
+
+
+def check_id(value: object) -> str:
+    """A row id of `new_id`'s form; InvalidInput for any other."""
+    if (
+        isinstance(value, str)
+        and len(value) == _ID_LENGTH
+        and value[0] < "8"
+        and _ID_CHARACTERS.issuperset(value)
+    ):
+        return value
+    raise InvalidInput(
+        "id must come from leasekit.new_id() (26 characters that sort by time); "
+        "a name of your own belongs into dedupe_key",
+        field="id",
+    )
+
+
+def check_token(value: object, field: str = "token") -> str:
+    """A token of `new_token`'s form; InvalidInput for any other. The value is never shown."""
+    if (
+        isinstance(value, str)
+        and len(value) == TOKEN_LENGTH
+        and _TOKEN_CHARACTERS.issuperset(value)
+    ):
+        return value
+    raise InvalidInput(
+        f"{field} must be 22 base64url characters, as leasekit.new_token() makes them",
+        field=field,
+        limit=TOKEN_LENGTH,
+    )
+
+
+def check_text(value: object, field: str, *, bytes_max: int = NAME_BYTES_MAX) -> str:
+    """A text that is not blank and not too long; InvalidInput naming the field."""
+    if not isinstance(value, str):
+        raise InvalidInput(f"{field} must be text, not {type(value).__name__}", field=field)
+    # The words of spec/outbox 1.4: a caller of that system sees the message it knows.
+    if not value or value.isspace():
+        raise InvalidInput(f"{field} is required", field=field)
+    if value.isascii():
+        length = len(value)
+    else:
+        try:
+            length = len(value.encode())
+        except UnicodeEncodeError:
+            message = f"{field} holds a lone surrogate, which is not text in UTF-8"
+            raise InvalidInput(message, field=field) from None
+    if length > bytes_max:
+        raise InvalidInput(
+            f"{field} is {length} bytes long; at most {bytes_max}", field=field, limit=bytes_max
+        )
+    return value
+
+
+def check_whole(value: object, field: str, least: int, most: int) -> int:
+    """A whole number within bounds, no boolean; InvalidInput naming field, bounds and value."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidInput(
+            f"{field} must be a whole number, not {type(value).__name__}", field=field
+        )
+    if not least <= value <= most:
+        raise InvalidInput(
+            f"{field} must be between {least} and {most}, not {value}",
+            field=field,
+            limit=least if value < least else most,
+        )
+    return value
+
+
+def canonical_json(value: object, field: str, *, bytes_max: int) -> bytes:
+    """Canonical JSON of a value; InvalidInput for what JSON cannot carry or is too large.
+
+    Keys sorted, compact, UTF-8; 1 and 1.0 differ; NaN, infinities, integers beyond 64 bits, bytes and
+    lone surrogates are refused.
+    """
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        raise InvalidInput(
+            f"{field} must be a JSON value, not bytes: decode it, or send base64 text", field=field
+        )
+    try:
+        encoded = msgspec.json.encode(value, order="sorted")
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InvalidInput(f"{field} is not a JSON value: {error}", field=field) from None
+    # The encoder writes NaN as null and any integer in full; looking is cheap, walking is not.
+    if (b"null" in encoded or _LONG_NUMBER.search(encoded)) and (problem := _find_problem(value)):
+        raise InvalidInput(f"{field} holds {problem}", field=field)
+    if len(encoded) > bytes_max:
+        raise InvalidInput(
+            f"{field} is {len(encoded)} bytes of JSON; at most {bytes_max}",
+            field=field,
+            limit=bytes_max,
+        )
+    return encoded
+
+
+def _find_problem(value: object) -> str | None:
+    """What in a value JSON cannot carry faithfully, or None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN or an infinity, which JSON has not"
+    if isinstance(value, int) and not INTEGER_MIN <= value <= INTEGER_MAX:
+        return "an integer beyond 64 bits"
+    if isinstance(value, msgspec.Struct):
+        value = msgspec.structs.asdict(value)
+    if isinstance(value, dict):
+        parts: Iterable[object] = value.values()
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        parts = value
+    else:
+        return None
+    return next((problem for part in parts if (problem := _find_problem(part))), None)
+
+
+def decode_json(data: bytes) -> Any:
+    return msgspec.json.decode(data)
+
+
+def error_text(value: object) -> bytes:
+    """An error text as a JSON string, cut to ERROR_TEXT_MAX: a nack must not fail for its text."""
+    text = value if isinstance(value, str) else str(value)
+    if len(text) > ERROR_TEXT_MAX:
+        text = text[: ERROR_TEXT_MAX - 1] + "…"
+    return msgspec.json.encode(text.encode(errors="replace").decode())
+
+
+def hash_terminated(parts: list[str]) -> str:
+    """H0 of spec/reliability 0.2: SHA-256 over each part's UTF-8 bytes and one zero byte; hex."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def hash_length_prefixed(parts: list[str]) -> str:
+    """HL of spec/reliability 0.2: SHA-256 over each part's length (8 bytes) and UTF-8 bytes; hex."""
+    return _length_prefixed(parts).hexdigest()
+
+
+def fingerprint(*parts: str) -> str:
+    """What tells one request from another under the same key (spec/reliability 2.2)."""
+    return "sha256:" + hash_length_prefixed(list(parts))
+
+
+def short_digest(*parts: bytes) -> str:
+    """128 bits of a length-prefixed SHA-256 as 22 base64url characters."""
+    return urlsafe_b64encode(_length_prefixed(parts).digest()[:16])[:TOKEN_LENGTH].decode()
+
+
+def _length_prefixed(parts: list[str] | tuple[bytes, ...]) -> Any:
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else part.encode()
+        digest.update(len(data).to_bytes(8))
+        digest.update(data)
+    return digest

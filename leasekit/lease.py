@@ -1,0 +1,437 @@
+"""The leases of a tenant: a name, held by one at a time, with a fence.
+
+`acquire`, `extend` and `release` are one script call each. `hold` is what most want: it waits for a
+busy name without hammering, renews by itself, and tells its body the moment the lease is lost, by the
+local clock, before anyone else can have it.
+
+Source: design 6, 14; lua/PROTOCOL.md, "Leases".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import Any
+
+from leasekit import codec
+from leasekit.coalesce import Reply, local_clock_s
+from leasekit.errors import Conflict, LeasekitError, LeaseLost
+from leasekit.model import (
+    AcquireOutcome,
+    Holder,
+    LeaseExtendOutcome,
+    LeaseReleaseOutcome,
+    Page,
+)
+from leasekit.scope import PAGE_LIMIT_DEFAULT, Scope, decode_cursor, encode_cursor, word_of
+from leasekit.scripts import script
+
+__all__ = ["Acquisition", "Lease", "Leases"]
+
+WAIT_FIRST_MS = 10
+WAIT_MOST_MS = 500
+WAIT_MS_MAX = 24 * 3_600_000
+RENEWALS_PER_LEASE = 3
+RENEW_RETRY_MS = 50
+# What is kept back of a lease, so that the holder stops before its end, not at it.
+MARGIN_SHARE = 0.05
+MARGIN_MS_MAX = 500
+
+_ACQUIRE = script("lease/acquire", item=("name", "token", "ttl_ms", "owner"))
+_EXTEND = script("lease/extend", item=("name", "token", "ttl_ms"))
+_RELEASE = script("lease/release", item=("name", "token"))
+_GET = script("lease/get", item=("name",))
+_LIST = script("lease/list")
+
+
+class Lease:
+    """A lease that this caller holds, or held: `lost` is set once it must not be relied on.
+
+    `fence` rises with every grant of the tenant: a destination that keeps the highest fence per name
+    can refuse an older holder. `remaining_ms()` counts on the local clock from before the request was
+    sent, so it is never too optimistic.
+    """
+
+    __slots__ = (
+        "_deadline_s",
+        "_lost",
+        "acquired_at_ms",
+        "expires_at_ms",
+        "fence",
+        "name",
+        "owner",
+        "token",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        owner: str,
+        token: str,
+        fence: int,
+        acquired_at_ms: int,
+        expires_at_ms: int,
+        deadline_s: float,
+    ) -> None:
+        self.name = name
+        self.owner = owner
+        self.token = token
+        self.fence = fence
+        self.acquired_at_ms = acquired_at_ms
+        self.expires_at_ms = expires_at_ms
+        self._deadline_s = deadline_s
+        self._lost: asyncio.Event | None = None
+
+    @property
+    def lost(self) -> asyncio.Event:
+        """Set by `hold` when the lease has ended, was taken or could not be renewed in time."""
+        if self._lost is None:
+            self._lost = asyncio.Event()
+        return self._lost
+
+    def remaining_ms(self) -> int:
+        """Milliseconds left by the local clock; negative once it is over."""
+        return int((self._deadline_s - local_clock_s()) * 1_000)
+
+    def __repr__(self) -> str:
+        state = "lost" if self._lost is not None and self._lost.is_set() else "held"
+        return f"<Lease {self.name} {state} by {self.owner} fence {self.fence}>"
+
+
+class Acquisition:
+    """acquired: `lease` is ours. busy: `holder` has it; None if our token already gave it back."""
+
+    __slots__ = ("holder", "lease", "outcome")
+
+    def __init__(self, outcome: AcquireOutcome, lease: Lease | None, holder: Holder | None) -> None:
+        self.outcome = outcome
+        self.lease = lease
+        self.holder = holder
+
+    def __repr__(self) -> str:
+        return f"<Acquisition {self.outcome} {self.lease or self.holder}>"
+
+
+class Leases:
+    """`tenant.leases`. Every call may be made by thousands of coroutines at once."""
+
+    __slots__ = ("_scope",)
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+
+    async def acquire(
+        self,
+        name: str,
+        *,
+        ttl_ms: int,
+        owner: str,
+        token: str | None = None,
+        repeat: bool = False,
+        now_ms: int | None = None,
+    ) -> Acquisition:
+        """Take a name for `ttl_ms` if nobody holds it.
+
+        name, owner: <= 200 bytes. ttl_ms: 1..43 200 000 (12 h). token: 22 characters of
+        `new_token()`, one per acquisition, where the caller wants to be able to repeat: a token that
+        holds the lease gets the same answer again. If the caller is cancelled, a lease that was
+        granted to it is released.
+        """
+        codec.check_text(name, "name")
+        codec.check_whole(ttl_ms, "ttl_ms", 1, codec.LEASE_MS_MAX)
+        codec.check_text(owner, "owner")
+        token = codec.new_token() if token is None else codec.check_token(token)
+        # The token itself makes a repeat harmless; nothing has to be marked.
+        del repeat
+        scope = self._scope
+        now = scope.now_argument(now_ms)
+        if scope.must_register:
+            await scope.register()
+        keys = scope.keys
+        acquisition: Acquisition = await scope.coalescer.submit(
+            _ACQUIRE,
+            scope.tag,
+            (now,),
+            lambda: _ACQUIRE.bind(
+                {
+                    "docs": keys.lease_docs,
+                    "due": keys.lease_due,
+                    "names": keys.lease_names,
+                    "fence": keys.fence,
+                },
+                {"now_ms": now},
+            ),
+            (name, token, ttl_ms, owner),
+            _read_acquired,
+            context=(name, token, owner),
+            undo=lambda result: self._give_back(result, now_ms),
+        )
+        return acquisition
+
+    def _give_back(self, acquisition: Acquisition, now_ms: int | None) -> None:
+        """The caller was cancelled after its request had left: nobody else knows of this lease."""
+        if acquisition.lease is not None:
+            name, token = acquisition.lease.name, acquisition.lease.token
+            self._scope.in_background(self._release(name, token, False, now_ms))
+
+    async def extend(
+        self,
+        name: str,
+        token: str,
+        *,
+        ttl_ms: int,
+        repeat: bool = False,
+        now_ms: int | None = None,
+    ) -> LeaseExtendOutcome:
+        """Hold a name for `ttl_ms` from now, never for less than before.
+
+        extended | lost: the lease has ended or was never this token's; stop the work.
+        """
+        # Asking twice does no harm and needs no mark: an end only moves forward.
+        del repeat
+        extended = await self._extend(name, token, ttl_ms, now_ms)
+        return LeaseExtendOutcome.LOST if extended is None else LeaseExtendOutcome.EXTENDED
+
+    async def _extend(
+        self, name: str, token: str, ttl_ms: int, now_ms: int | None
+    ) -> tuple[int, float] | None:
+        """The new end on the server's and on the local clock; None if the lease is lost."""
+        codec.check_text(name, "name")
+        codec.check_token(token)
+        codec.check_whole(ttl_ms, "ttl_ms", 1, codec.LEASE_MS_MAX)
+        scope = self._scope
+        now = scope.now_argument(now_ms)
+        keys = scope.keys
+
+        def read(item: Any, context: None, reply: Reply) -> tuple[int, float] | None:
+            if word_of(item) == "lost":
+                return None
+            return item[3], reply.sent_at_s + (item[3] - reply.now_ms) / 1_000
+
+        extended: tuple[int, float] | None = await scope.coalescer.submit(
+            _EXTEND,
+            scope.tag,
+            (now,),
+            lambda: _EXTEND.bind({"docs": keys.lease_docs, "due": keys.lease_due}, {"now_ms": now}),
+            (name, token, ttl_ms),
+            read,
+        )
+        return extended
+
+    async def release(
+        self, name: str, token: str, *, repeat: bool = False, now_ms: int | None = None
+    ) -> LeaseReleaseOutcome:
+        """Give a name back before its lease ends.
+
+        released: it is free, by this token, now or up to five minutes ago. lost: the lease had ended
+        or was never this token's. forgotten (only for a repeat): nothing is known of the name.
+        """
+        codec.check_text(name, "name")
+        codec.check_token(token)
+        outcome: LeaseReleaseOutcome = await self._release(name, token, repeat, now_ms)
+        return outcome
+
+    def _release(
+        self, name: str, token: str, repeat: bool, now_ms: int | None
+    ) -> asyncio.Future[LeaseReleaseOutcome]:
+        scope = self._scope
+        now = scope.now_argument(now_ms)
+        keys = scope.keys
+        return scope.coalescer.submit(
+            _RELEASE,
+            scope.tag,
+            (now, repeat),
+            lambda: _RELEASE.bind(
+                {"docs": keys.lease_docs, "due": keys.lease_due, "names": keys.lease_names},
+                {"now_ms": now, "repeated": int(repeat)},
+            ),
+            (name, token),
+            lambda item, context, reply: LeaseReleaseOutcome(word_of(item)),
+        )
+
+    async def get(self, name: str, *, now_ms: int | None = None) -> Holder | None:
+        """Who holds a name now, or None."""
+        codec.check_text(name, "name")
+        scope = self._scope
+        now = scope.now_argument(now_ms)
+        holder: Holder | None = await scope.coalescer.submit(
+            _GET,
+            scope.tag,
+            (now,),
+            lambda: _GET.bind({"docs": scope.keys.lease_docs}, {"now_ms": now}),
+            (name,),
+            lambda item, context, reply: None if item == b"free" else _read_holder(name, item[1:]),
+        )
+        return holder
+
+    async def list(
+        self,
+        *,
+        prefix: str = "",
+        limit: int = PAGE_LIMIT_DEFAULT,
+        cursor: str | None = None,
+        now_ms: int | None = None,
+    ) -> Page[Holder]:
+        """A page of the leases held now, in the order of their names' bytes.
+
+        limit: 1..1 000. A page looks at no more than 1 000 names; it may be short and go on.
+        """
+        if prefix:
+            codec.check_text(prefix, "prefix")
+        codec.check_whole(limit, "limit", 1, codec.BATCH_MAX)
+        position = decode_cursor(cursor, (str,))
+        scope = self._scope
+        reply = await scope.read(
+            _LIST,
+            {"docs": scope.keys.lease_docs, "names": scope.keys.lease_names},
+            {
+                "now_ms": scope.now_argument(now_ms),
+                "limit": limit,
+                "prefix": prefix,
+                "after": position[0] if position else "",
+            },
+        )
+        holders = [_read_holder(one[0].decode(), one[1:]) for one in reply[3:]]
+        return Page(holders, encode_cursor(reply[2].decode()) if reply[1] else None)
+
+    def hold(
+        self, name: str, *, ttl_ms: int, owner: str, wait_ms: int = 0
+    ) -> AbstractAsyncContextManager[Lease]:
+        """Hold a name while a body runs: `async with tenant.leases.hold(...) as lease:`.
+
+        Waits up to `wait_ms` for a busy name, then raises Conflict naming the holder. Renews at a
+        third of the lease. If the lease cannot be kept, `lease.lost` is set, the body is cancelled
+        before the lease's end by the local clock, and LeaseLost is raised; also if it turns out lost
+        only at the end. Releases on the way out. Needs a client on the server's clock.
+        """
+        codec.check_whole(wait_ms, "wait_ms", 0, WAIT_MS_MAX)
+        return _Hold(self, name, ttl_ms, owner, wait_ms)
+
+
+class _Hold(AbstractAsyncContextManager[Lease]):
+    def __init__(self, leases: Leases, name: str, ttl_ms: int, owner: str, wait_ms: int) -> None:
+        self._leases = leases
+        self._name = name
+        self._ttl_ms = ttl_ms
+        self._owner = owner
+        self._wait_ms = wait_ms
+        self._lease: Lease | None = None
+        self._renewing: asyncio.Task[None] | None = None
+        self._body: asyncio.Task[Any] | None = None
+        self._cancelled_body = False
+
+    async def __aenter__(self) -> Lease:
+        self._lease = await self._wait_for_lease()
+        self._body = asyncio.current_task()
+        self._renewing = asyncio.create_task(self._renew(self._lease))
+        return self._lease
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._lease is not None and self._renewing is not None and self._body is not None
+        lease = self._lease
+        self._renewing.cancel()
+        await asyncio.wait([self._renewing])
+        if lease.lost.is_set():
+            if self._cancelled_body and self._body.uncancel() > 0:
+                # Someone else cancelled the body as well: that is not ours to swallow.
+                return
+            if error is None or isinstance(error, asyncio.CancelledError):
+                raise self._lost() from error
+            return
+        outcome = await self._leases.release(lease.name, lease.token)
+        if outcome is not LeaseReleaseOutcome.RELEASED:
+            lease.lost.set()
+            if error is None:
+                raise self._lost()
+
+    async def _wait_for_lease(self) -> Lease:
+        """Ask, and while the name is busy ask again in growing steps, but not before its lease can
+        have ended, nor later than just after."""
+        give_up_at_s = local_clock_s() + self._wait_ms / 1_000
+        step_ms = float(WAIT_FIRST_MS)
+        while True:
+            acquisition = await self._leases.acquire(
+                self._name, ttl_ms=self._ttl_ms, owner=self._owner
+            )
+            if acquisition.lease is not None:
+                return acquisition.lease
+            holder = acquisition.holder
+            left_ms = (give_up_at_s - local_clock_s()) * 1_000
+            if left_ms <= 0:
+                until = f" until {holder.expires_at_ms} ms" if holder else ""
+                by = f" by {holder.owner}" if holder else ""
+                raise Conflict(
+                    f"lease {self._name} is held{by}{until}: nothing was changed; wait longer "
+                    "(wait_ms), or let its holder finish",
+                    tenant=self._leases._scope.tag,
+                    id=self._name,
+                )
+            await asyncio.sleep(min(step_ms * random.uniform(0.5, 1.0), left_ms) / 1_000)
+            step_ms = min(2 * step_ms, WAIT_MOST_MS)
+
+    async def _renew(self, lease: Lease) -> None:
+        """Extend at a third of the lease, and oftener when that fails; at the margin, give up."""
+        margin_s = min(self._ttl_ms * MARGIN_SHARE, MARGIN_MS_MAX) / 1_000
+        pause_s = self._ttl_ms / RENEWALS_PER_LEASE / 1_000
+        while True:
+            left_s = lease._deadline_s - margin_s - local_clock_s()
+            if left_s <= 0:
+                break
+            await asyncio.sleep(min(pause_s, left_s))
+            left_s = lease._deadline_s - margin_s - local_clock_s()
+            if left_s <= 0:
+                break
+            try:
+                async with asyncio.timeout(left_s):
+                    extended = await self._leases._extend(
+                        lease.name, lease.token, self._ttl_ms, None
+                    )
+            except (TimeoutError, LeasekitError):
+                # The server may be back before the lease is over: try until it is.
+                pause_s = min(RENEW_RETRY_MS, self._ttl_ms / 10) / 1_000
+                continue
+            if extended is None:
+                break
+            lease.expires_at_ms, lease._deadline_s = extended
+            pause_s = self._ttl_ms / RENEWALS_PER_LEASE / 1_000
+        lease.lost.set()
+        if self._body is not None and not self._body.done():
+            self._cancelled_body = True
+            self._body.cancel()
+
+    def _lost(self) -> LeaseLost:
+        return LeaseLost(
+            f"lease {self._name} was lost while its body ran: another holder may be at work since; "
+            "what the body did after that is not protected; check before you do it again",
+            tenant=self._leases._scope.tag,
+            id=self._name,
+        )
+
+
+def _read_acquired(item: Any, context: tuple[str, str, str], reply: Reply) -> Acquisition:
+    name, token, owner = context
+    word = word_of(item)
+    if word == "acquired":
+        deadline_s = reply.sent_at_s + (item[3] - reply.now_ms) / 1_000
+        lease = Lease(name, owner, token, int(item[1]), item[2], item[3], deadline_s)
+        return Acquisition(AcquireOutcome.ACQUIRED, lease, None)
+    holder = _read_holder(name, item[1:]) if word == "busy" else None
+    return Acquisition(AcquireOutcome.BUSY, None, holder)
+
+
+def _read_holder(name: str, values: Any) -> Holder:
+    fence, acquired_at_ms, expires_at_ms, owner = values
+    return Holder(
+        name=name,
+        owner=owner.decode(),
+        fence=int(fence),
+        acquired_at_ms=acquired_at_ms,
+        expires_at_ms=expires_at_ms,
+    )

@@ -1,0 +1,178 @@
+"""What the concepts of one tenant share: its keys, the way to the server, and the clock's rule.
+
+A tenant enters the registry before a process's first write to it, and again each minute while it is
+in use; the registry remembers under which clock its data is kept, because leases counted on two
+clocks mean nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from redis.exceptions import ResponseError
+
+from leasekit import scripts
+from leasekit.codec import NOW_MS_MAX, PAYLOAD_BYTES_DEFAULT, check_whole
+from leasekit.coalesce import Coalescer, Reply
+from leasekit.connect import Backend
+from leasekit.errors import InvalidInput, LeasekitError
+from leasekit.keys import Keys, registry_keys
+from leasekit.model import Retention, TenantContext
+from leasekit.scripts import Argument, Script
+
+__all__ = ["Scope", "Settings", "Shared", "encode_cursor", "decode_cursor"]
+
+TOUCH_EVERY_S = 60.0
+PAGE_LIMIT_DEFAULT = 100
+
+_TOUCH = scripts.script("tenant/touch", item=("tenant",))
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What `connect` was told."""
+
+    prefix: str = "lk"
+    clock: str = "server"
+    retention: Retention = field(default_factory=Retention)
+    payload_bytes_max: int = PAYLOAD_BYTES_DEFAULT
+
+
+@dataclass(slots=True)
+class Shared:
+    """What all tenants of a client share; `background` keeps its tasks from being collected."""
+
+    settings: Settings
+    backend: Backend
+    coalescer: Coalescer
+    touch_due_at_s: dict[str, float] = field(default_factory=dict)
+    background: set[asyncio.Task[Any]] = field(default_factory=set)
+
+
+class Scope:
+    """One tenant's share of a client."""
+
+    __slots__ = ("coalescer", "context", "keys", "settings", "shared", "tag")
+
+    def __init__(self, shared: Shared, tag: str, context: TenantContext) -> None:
+        self.shared = shared
+        self.settings = shared.settings
+        self.coalescer = shared.coalescer
+        self.tag = tag
+        self.context = context
+        self.keys = Keys(shared.settings.prefix, tag)
+
+    def now_argument(self, now_ms: int | None) -> str | int:
+        """What scripts get as now_ms: the caller's instant, or "" for the server's clock."""
+        if self.settings.clock == "caller":
+            if now_ms is None:
+                raise InvalidInput(
+                    "now_ms is required: this client was connected with clock='caller'",
+                    field="now_ms",
+                )
+            return check_whole(now_ms, "now_ms", 0, NOW_MS_MAX)
+        if now_ms is not None:
+            raise InvalidInput(
+                "now_ms is refused: the server's clock counts; connect with clock='caller' to give "
+                "the time yourself",
+                field="now_ms",
+            )
+        return ""
+
+    @property
+    def must_register(self) -> bool:
+        """Whether a write has to wait for `register` first (cheap: asked before every write)."""
+        due_at_s = self.shared.touch_due_at_s.get(self.tag)
+        if due_at_s is None:
+            return True
+        if asyncio.get_running_loop().time() >= due_at_s:
+            self.shared.touch_due_at_s[self.tag] = due_at_s + TOUCH_EVERY_S
+            task = asyncio.get_running_loop().create_task(self._refresh())
+            self.shared.background.add(task)
+            task.add_done_callback(self.shared.background.discard)
+        return False
+
+    async def register(self) -> None:
+        """Enter the tenant into the registry; InvalidInput if its data is on the other clock."""
+        mark = self.settings.clock
+        keys = registry_keys(self.settings.prefix)
+        noted: str | LeasekitError = await self.coalescer.submit(
+            _TOUCH,
+            "",
+            (mark,),
+            lambda: _TOUCH.bind(keys, {"now_ms": "", "mark": mark}),
+            (self.tag,),
+            lambda item, context, reply: item.decode(),
+        )
+        if noted == "other_clock":
+            raise InvalidInput(
+                f"tenant {self.tag} is kept on the other clock: its data was written by a client "
+                f"with {'a server' if mark == 'caller' else 'a caller'}'s clock; nothing was written; "
+                "use another tenant or prefix",
+                field="clock",
+            )
+        self.shared.touch_due_at_s[self.tag] = asyncio.get_running_loop().time() + TOUCH_EVERY_S
+
+    async def _refresh(self) -> None:
+        try:
+            await self.register()
+        except LeasekitError:
+            # Only the registry's `seen` is late; the write itself tells its caller of trouble.
+            self.shared.touch_due_at_s.pop(self.tag, None)
+
+    async def read(
+        self, script: Script, keys: Mapping[str, str], arguments: Mapping[str, Argument]
+    ) -> list[Any]:
+        """One call beside the coalescer, for long reads and operators' orders."""
+        shebang = self.shared.backend.info.shebang
+        bound = script.bind(keys, arguments)
+        command = scripts.call_command(script, bound, (), shebang=shebang)
+        try:
+            reply: list[Any] = await self.shared.backend.command(*command)
+        except ResponseError as error:
+            if not scripts.is_missing(error):
+                raise scripts.translate(error, script.name, tenant=self.tag) from None
+            try:
+                load = scripts.load_command(script, shebang=shebang)
+                await self.shared.backend.command(*load)
+                reply = await self.shared.backend.command(*command)
+            except ResponseError as second:
+                raise scripts.translate(second, script.name, tenant=self.tag) from None
+        return reply
+
+    def in_background(self, awaitable: asyncio.Future[Any]) -> None:
+        """Let something finish that nobody waits for; its failure is nobody's loss."""
+        awaitable.add_done_callback(lambda future: future.cancelled() or future.exception())
+
+
+def word_of(item: Any) -> str:
+    """The word of an item's reply, which is a word or a list that begins with one."""
+    word: bytes = item[0] if isinstance(item, list) else item
+    return word.decode()
+
+
+def encode_cursor(*parts: str | int) -> str:
+    """Where a page ended, as text for the next call; opaque to callers."""
+    return msgspec.json.encode(parts).hex()
+
+
+def decode_cursor(cursor: str | None, kinds: Sequence[type]) -> list[Any] | None:
+    """The parts of a cursor; None for none; InvalidInput for what `encode_cursor` did not make."""
+    if cursor is None:
+        return None
+    try:
+        parts = msgspec.json.decode(bytes.fromhex(cursor), type=list[str | int])
+        if [type(part) for part in parts] == list(kinds):
+            return list(parts)
+    except (ValueError, TypeError, msgspec.MsgspecError):
+        pass
+    raise InvalidInput(
+        "cursor is not one that this list gave: start again without it", field="cursor"
+    )
+
+
+__all__ += ["Reply", "word_of"]
