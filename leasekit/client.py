@@ -110,7 +110,7 @@ class Leasekit:
         await self._shared.backend.close()
 
 
-class connect(AbstractAsyncContextManager[Leasekit]):  # noqa: N801  # reads as a function
+class connect(AbstractAsyncContextManager[Leasekit]):  # reads as a function
     """Connect to a server: `async with leasekit.connect(url) as kit:`, or `kit = await connect(url)`.
 
     url: redis://, rediss://, unix://, embedded://[dir] (a private real server) or memory:// (for

@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from redis.exceptions import ResponseError
@@ -191,12 +192,7 @@ class Coalescer:
                     self._idle = self._loop.create_future()
                     await self._idle
         except TimeoutError:
-            self._fail_queued(
-                lambda group: Unavailable(
-                    "the client was closed before this call could be sent: nothing was applied",
-                    tenant=group.tenant,
-                )
-            )
+            self._fail_queued("the client was closed")
         self._is_closed = True
         if self._reconnecting is not None:
             self._reconnecting.cancel()
@@ -344,12 +340,9 @@ class Coalescer:
                     self._settle(group, calls, reply, sent_at_s)
             if missing:
                 self._load_and_send(missing)
-        elif isinstance(error, ConnectionLost):
+        else:
             for group, calls in reversed(parts):
                 self._lost(group, calls, error)
-        else:
-            for group, calls in parts:
-                self._fail(calls, lambda error=error: ScriptFailed(f"a send failed: {error!r}"))
         # After the callers that were just answered: what they ask next may join this flight.
         if self._ready or self._waiting:
             self._flush_soon()
@@ -387,9 +380,10 @@ class Coalescer:
         self._wire.send(loads)
         self._send(parts, just_loaded=True)
 
-    def _lost(self, group: _Group, calls: list[_Call], error: ConnectionLost) -> None:
+    def _lost(self, group: _Group, calls: list[_Call], error: BaseException) -> None:
         """The connection ended: what was not sent, or only reads, goes back to its place in line."""
-        if not error.sent or group.script.reads_only:
+        unsent = isinstance(error, ConnectionLost) and not error.sent
+        if unsent or group.script.reads_only:
             queued = self._groups.get(group.key)
             if queued is None:
                 queued = self._groups[group.key] = group
@@ -413,21 +407,22 @@ class Coalescer:
             if not call.future.done():
                 call.future.set_exception(make())
 
-    def _fail_queued(self, make: Callable[[_Group], LeasekitError]) -> None:
+    def _fail_queued(self, why: str) -> None:
         while self._ready:
             group = self._ready.popleft()
             del self._groups[group.key]
+            message = f"{group.script.name}: {why}; nothing was sent; it is safe to try again"
             for call in group.calls:
                 self._forget(call)
-            self._fail(group.calls, lambda group=group: make(group))
+            self._fail(group.calls, partial(Unavailable, message, tenant=group.tenant))
             group.calls.clear()
         self._let_in()
         self._check_idle()
 
     def _check_idle(self) -> None:
-        if self._idle is not None and not self._idle.done():
-            if not (self._queued_rows or self._flights or self._waiting):
-                self._idle.set_result(None)
+        busy = self._queued_rows or self._flights or self._waiting
+        if self._idle is not None and not self._idle.done() and not busy:
+            self._idle.set_result(None)
 
     def _reconnect(self) -> None:
         if self._reconnecting is None and not self._is_closed:
@@ -444,14 +439,7 @@ class Coalescer:
                     break
                 except LeasekitError as error:
                     if self._loop.time() >= give_up_at:
-                        reason = str(error)
-                        self._fail_queued(
-                            lambda group: Unavailable(
-                                f"{group.script.name}: no connection for {self._timeout_s:g} s "
-                                f"({reason}); nothing was sent; it is safe to try again",
-                                tenant=group.tenant,
-                            )
-                        )
+                        self._fail_queued(f"no connection for {self._timeout_s:g} s ({error})")
                         return
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, RECONNECT_MOST_MS / 1_000)

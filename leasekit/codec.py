@@ -228,7 +228,7 @@ def hash_terminated(parts: list[str]) -> str:
 
 def hash_length_prefixed(parts: list[str]) -> str:
     """HL of spec/reliability 0.2: SHA-256 over each part's length (8 bytes) and UTF-8 bytes; hex."""
-    return _length_prefixed(parts).hexdigest()
+    return _length_prefixed([part.encode() for part in parts]).hex()
 
 
 def fingerprint(*parts: str) -> str:
@@ -238,13 +238,12 @@ def fingerprint(*parts: str) -> str:
 
 def short_digest(*parts: bytes) -> str:
     """128 bits of a length-prefixed SHA-256 as 22 base64url characters."""
-    return urlsafe_b64encode(_length_prefixed(parts).digest()[:16])[:TOKEN_LENGTH].decode()
+    return urlsafe_b64encode(_length_prefixed(parts)[:16])[:TOKEN_LENGTH].decode()
 
 
-def _length_prefixed(parts: list[str] | tuple[bytes, ...]) -> Any:
+def _length_prefixed(parts: Iterable[bytes]) -> bytes:
     digest = hashlib.sha256()
     for part in parts:
-        data = part if isinstance(part, bytes) else part.encode()
-        digest.update(len(data).to_bytes(8))
-        digest.update(data)
-    return digest
+        digest.update(len(part).to_bytes(8))
+        digest.update(part)
+    return digest.digest()

@@ -255,9 +255,8 @@ class Idempotency:
         self, operation: str, key: str, *, now_ms: int | None = None
     ) -> IdempotencyRecord | None:
         """What is stored of a key, whatever its age; None for a blank one. Source: spec 2.6."""
-        if isinstance(operation, str) and isinstance(key, str):
-            if not operation.strip() or not key.strip():
-                return None
+        if any(isinstance(name, str) and not name.strip() for name in (operation, key)):
+            return None
         identity = self._record_id(*self._check_key(operation, key))
         scope = self._scope
         now = scope.now_argument(now_ms)
@@ -305,7 +304,8 @@ class Idempotency:
         Reservations stay unless `unfinished`: their effect may be under way.
         """
         codec.check_whole(before_ms, "before_ms", 0, codec.INSTANT_MS_MAX)
-        deleted, score, last = 0, "", ""
+        deleted = 0
+        score = last = ""
         while True:
             reply = await self._scope.read(
                 _PURGE,
@@ -319,7 +319,7 @@ class Idempotency:
                     "unfinished": int(unfinished),
                 },
             )
-            deleted += reply[4]
+            deleted += int(reply[4])
             if not reply[1]:
                 return deleted
             score, last = reply[2].decode(), reply[3].decode()

@@ -124,15 +124,14 @@ class Keys:
         self.tenant = f"{_check_prefix(prefix)}:{{{tag}}}"
         self.fence = f"{self.tenant}:fence"
         for concept, nouns in (
-            ("lease", ("docs", "due", "names")),
-            ("idempotency", ("docs", "due")),
+            ("lease", "docs due names"),
+            ("idempotency", "docs due"),
             (
                 "outbox",
-                ("docs", "state", "lanes", "done", "dead", "unknown", "errors", "tally")
-                + ("dedupe", "dedupe_end", "claims", "claims_end"),
+                "docs state lanes done dead unknown errors tally dedupe dedupe_end claims claims_end",
             ),
         ):
-            for noun in nouns:
+            for noun in nouns.split():
                 setattr(self, f"{concept}_{noun}", f"{self.tenant}:{concept}:{noun}")
 
     # Annotated for readers and type checkers; the values are set in one loop above.

@@ -334,12 +334,13 @@ class _Hold(AbstractAsyncContextManager[Lease]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        assert self._lease is not None and self._renewing is not None and self._body is not None
-        lease = self._lease
-        self._renewing.cancel()
-        await asyncio.wait([self._renewing])
+        lease, renewing, body = self._lease, self._renewing, self._body
+        if lease is None or renewing is None or body is None:
+            raise RuntimeError("left without having been entered")
+        renewing.cancel()
+        await asyncio.wait([renewing])
         if lease.lost.is_set():
-            if self._cancelled_body and self._body.uncancel() > 0:
+            if self._cancelled_body and body.uncancel() > 0:
                 # Someone else cancelled the body as well: that is not ours to swallow.
                 return
             if error is None or isinstance(error, asyncio.CancelledError):

@@ -16,15 +16,15 @@ import msgspec
 from redis.exceptions import ResponseError
 
 from leasekit import scripts
-from leasekit.codec import NOW_MS_MAX, PAYLOAD_BYTES_DEFAULT, check_whole
 from leasekit.coalesce import Coalescer, Reply
+from leasekit.codec import NOW_MS_MAX, PAYLOAD_BYTES_DEFAULT, check_whole
 from leasekit.connect import Backend
 from leasekit.errors import InvalidInput, LeasekitError
 from leasekit.keys import Keys, registry_keys
 from leasekit.model import Retention, TenantContext
 from leasekit.scripts import Argument, Script
 
-__all__ = ["Scope", "Settings", "Shared", "encode_cursor", "decode_cursor"]
+__all__ = ["Scope", "Settings", "Shared", "decode_cursor", "encode_cursor"]
 
 TOUCH_EVERY_S = 60.0
 PAGE_LIMIT_DEFAULT = 100

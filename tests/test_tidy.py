@@ -32,6 +32,7 @@ FLOORS = (
     {"wire", "embedded"},
     {"connect"},
     {"coalesce"},
+    {"scope"},
     {"lease", "outbox", "idempotency", "gate"},  # the hot concepts never import each other
     {"ledger"},
     {"views"},
@@ -44,7 +45,7 @@ FLOORS = (
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 
 TALK_TO_REDIS = {"connect", "wire"}
-KNOW_REDIS_ERRORS = TALK_TO_REDIS | {"scripts", "coalesce"}  # replies hold them as values
+KNOW_REDIS_ERRORS = TALK_TO_REDIS | {"scripts", "coalesce", "scope"}  # replies hold them as values
 START_PROCESSES = {"embedded", "service", "demo", "cli"}
 
 TOP_LEVEL = {
