@@ -19,7 +19,7 @@ from hypothesis import settings
 from lua_coverage import LuaCoverage, active_lines
 from servers import NoServer, Server, ServerProcess
 
-from leasekit import connect
+from leasekit.connect import _memory_servers
 from leasekit.scripts import Argument, read_scripts
 
 KINDS_REAL = ("valkey-9", "redis-6.2", "redis-path")
@@ -67,11 +67,11 @@ def running() -> Iterator[Callable[[str], ServerProcess]]:
 def memory_server() -> Iterator[Server]:
     """A server in memory, new for each test; `raw` and every client of the URL share its data."""
     name = f"test-{next(_memory_numbers)}"
-    fake = connect._memory_servers.setdefault(name, FakeServer(version=(7, 0, 0)))
+    fake = _memory_servers.setdefault(name, FakeServer(version=(7, 0, 0)))
     raw = FakeRedis(server=fake, protocol=2)
     yield Server("memory", f"memory://{name}", raw)
     raw.close()
-    del connect._memory_servers[name]
+    del _memory_servers[name]
 
 
 @pytest.fixture(params=KINDS)
