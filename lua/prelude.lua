@@ -1,17 +1,20 @@
 -- prelude: what every command shares; the loader puts it in front of each script.
 --
 -- Only helpers whose meaning PROTOCOL.md states once for all commands. Instants are milliseconds,
--- numbers are whole and below 2^53, and they go to redis.call as text: a Lua number costs more there
--- and loses digits above 10^14.
+-- numbers are whole and below 2^53, and they go to redis.call as text: a Lua number costs more
+-- there and loses digits above 10^14.
 
 local NOW_MS_MAX = 4102444800000
 local LEASE_MS_MAX = 43200000
 local DURATION_MS_MAX = 3155760000000
 local ITEMS_MAX = 1000
+local ID_BYTES_MAX = 200
+local TOKEN_LENGTH = 22
 local PRUNE_ROWS_MAX = 250
 local REPLY_BYTES_MAX = 4194304
 local CHUNK_ROWS = 100
 local ERRORS_KEPT = 10
+local FINGERPRINTS_MAX = 33
 local NEVER_MS = 9007199254740991
 local ENDED_KEEP_MS = 300000
 local RESERVED_KEEP_MS = 86400000
@@ -34,6 +37,30 @@ local function whole(text, least, most)
     return nil
   end
   return number
+end
+
+local function is_token(text)
+  return #text == TOKEN_LENGTH and not string.find(text, "[^%w_-]")
+end
+
+local function is_route(text)
+  return string.find(text, "^[%w_~-]+:[%w_~-]+$")
+end
+
+local function is_flag(text)
+  return text == "0" or text == "1"
+end
+
+-- Whether a text stands behind another byte by byte. Lua's own < goes by the server's locale, in
+-- which "aa" may stand behind "b" (Danish) and "-" count for nothing (most others).
+local function is_behind(left, right)
+  for i = 1, math.min(#left, #right) do
+    local ours, theirs = string.byte(left, i), string.byte(right, i)
+    if ours ~= theirs then
+      return ours > theirs
+    end
+  end
+  return #left > #right
 end
 
 -- Now in milliseconds and in microseconds: the server's clock, or the caller's where one is given.
@@ -81,10 +108,10 @@ local function rank_after(members, score, id)
   local high = redis.call("ZCOUNT", members, "-inf", score)
   while low < high do
     local middle = math.floor((low + high) / 2)
-    if redis.call("ZRANGE", members, integer(middle), integer(middle))[1] <= id then
-      low = middle + 1
-    else
+    if is_behind(redis.call("ZRANGE", members, integer(middle), integer(middle))[1], id) then
       high = middle
+    else
+      low = middle + 1
     end
   end
   return low
@@ -108,8 +135,8 @@ end
 
 -- A queue row's state line; PROTOCOL.md, "Outbox: what a row is".
 local function read_state(line)
-  local status, cause, token, at, size, attempts, claims, fence, claimed_at, consumer = string.match(
-    line, "^(%S+) (%S+) (%S+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (.*)$")
+  local status, cause, token, at, size, attempts, claims, fence, claimed_at, consumer =
+    string.match(line, "^(%S+) (%S+) (%S+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (.*)$")
   if not consumer then
     return nil
   end
@@ -121,14 +148,17 @@ local function read_state(line)
 end
 
 local function state_line(row, status, cause, at)
-  return status .. " " .. cause .. " " .. row.token .. " " .. integer(at) .. " " .. row.size .. " "
-    .. integer(row.attempts) .. " " .. row.claims .. " " .. row.fence .. " " .. row.claimed_at .. " "
-    .. row.consumer
+  return status .. " " .. cause .. " " .. row.token .. " " .. integer(at) .. " " .. row.size
+    .. " " .. integer(row.attempts) .. " " .. row.claims .. " " .. row.fence
+    .. " " .. row.claimed_at .. " " .. row.consumer
 end
 
--- The state of a row that was never claimed; `doc` is its document.
+-- The state of a row that was never touched; nil for a document that cannot be read.
 local function fresh_state(doc)
   local created_at, available_at = string.match(doc, "^(%d+) (%d+) ")
+  if not available_at then
+    return nil
+  end
   local at = tonumber(available_at)
   return {
     status = "pending", cause = "enqueued", token = "~", at = at > 0 and at or tonumber(created_at),
@@ -136,7 +166,7 @@ local function fresh_state(doc)
   }
 end
 
--- The words of a document's header line that scripts act on.
+-- The words of a document's header line that scripts act on; nil where it cannot be read.
 local function read_header(doc)
   local attempts_max, on_expiry, route = string.match(doc, "^%d+ %d+ (%d+) (%S+) (%S+) ")
   return tonumber(attempts_max), on_expiry, route
@@ -167,7 +197,7 @@ local function delete_rows(ids, rows)
   local horizon = redis.call("HGET", rows.tally, "horizon") or ""
   local largest = horizon
   for i = 1, #ids do
-    if ids[i] > largest then
+    if is_behind(ids[i], largest) then
       largest = ids[i]
     end
   end
@@ -179,9 +209,15 @@ local function delete_rows(ids, rows)
   end
 end
 
--- Deletes from the oldest end of a list of finished rows (`rows.done` or `rows.dead`): every row that
--- got there at or before `before`, and what is more than `count_max` rows or `bytes_max` bytes.
--- Looks at no more than `budget` rows; gives back how many went.
+-- Whether a row that is not there may have been there and been deleted; `horizon` is "" where the
+-- caller does not repeat itself, and while nothing was ever deleted.
+local function may_be_forgotten(id, horizon)
+  return horizon ~= "" and not is_behind(id, horizon)
+end
+
+-- Deletes from the oldest end of a list of finished rows (`rows.done` or `rows.dead`): every row
+-- that got there at or before `before`, and what is more than `count_max` rows or `bytes_max`
+-- bytes. Looks at no more than `budget` rows; gives back how many went.
 local function forget(rows, noun, before, count_max, bytes_max, budget)
   local finished, bytes_field = rows[noun], noun .. "_bytes"
   local oldest = redis.call("ZRANGE", finished, "0", "0", "WITHSCORES")
@@ -255,23 +291,23 @@ local function read_record(doc)
   if not doc then
     return nil
   end
-  local status, token, first_seen, last_seen, lease_end, expires_at, conflicts, on_expiry, completed_at,
-    fingerprints, reservation, outcome = string.match(doc,
+  local status, token, first_seen, last_seen, lease_end, expires_at, conflicts, on_expiry,
+    completed_at, fingerprints, reservation, outcome = string.match(doc,
     "^(%S+) (%S+) (%d+) (%d+) (%d+) (%d+) (%d+) (%S+) (%S+)\n([^\n]*)\n([^\n]*)\n(.*)$")
   if not outcome then
     return nil
   end
   return {
     status = status, token = token, first_seen = first_seen, last_seen = last_seen,
-    lease_end = tonumber(lease_end), expires_at = tonumber(expires_at), conflicts = tonumber(conflicts),
-    on_expiry = on_expiry, completed_at = completed_at, fingerprints = fingerprints,
-    reservation = reservation, outcome = outcome,
+    lease_end = tonumber(lease_end), expires_at = tonumber(expires_at),
+    conflicts = tonumber(conflicts), on_expiry = on_expiry, completed_at = completed_at,
+    fingerprints = fingerprints, reservation = reservation, outcome = outcome,
   }
 end
 
 local function record_doc(record)
-  return record.status .. " " .. record.token .. " " .. record.first_seen .. " " .. record.last_seen .. " "
-    .. integer(record.lease_end) .. " " .. integer(record.expires_at) .. " "
+  return record.status .. " " .. record.token .. " " .. record.first_seen .. " " .. record.last_seen
+    .. " " .. integer(record.lease_end) .. " " .. integer(record.expires_at) .. " "
     .. integer(record.conflicts) .. " " .. record.on_expiry .. " " .. record.completed_at .. "\n"
     .. record.fingerprints .. "\n" .. record.reservation .. "\n" .. record.outcome
 end

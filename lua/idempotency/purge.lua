@@ -25,6 +25,9 @@ end
 if not most or not before then
   return refuse("limit before_ms")
 end
+if not is_flag(unfinished) then
+  return refuse("unfinished")
+end
 if after_score ~= "" and not whole(after_score, 0, NEVER_MS) then
   return refuse("after_score")
 end

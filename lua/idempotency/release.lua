@@ -5,13 +5,13 @@
 -- ARGV  1 now_ms   "" for the server's clock
 --       2 repeated 1 if the caller sent these items before and does not know what became of it
 -- ITEM  record_id token fingerprint: one of the two may be ""; fingerprint = an encoded word
--- REPLY now_ms, per item: released | lost | kept | missing | forgotten; kept = not a reservation any
---       more
+-- REPLY now_ms, per item: released | lost | kept | missing | forgotten; kept = not a
+--       reservation any more
 -- ERRORS LK_ARGUMENT
 -- FLAGS allow-oom
 -- COST  O(m log n) for m items
--- WHY   What was released is remembered for five minutes, so that a repeat gets the first answer and a
---       late copy of the reservation is not taken for a new one.
+-- WHY   What was released is remembered for five minutes, so that a repeat gets the first answer
+--       and a late copy of the reservation is not taken for a new one.
 local docs, due = KEYS[1], KEYS[2]
 local now_ms, repeated = ARGV[1], ARGV[2]
 
@@ -20,6 +20,9 @@ local now = clock(now_ms)
 local count = (#ARGV - FIXED) / WIDTH
 if not now then
   return refuse("now_ms")
+end
+if not is_flag(repeated) then
+  return refuse("repeated")
 end
 if count < 1 or count > ITEMS_MAX or count ~= math.floor(count) then
   return refuse("items")

@@ -10,13 +10,13 @@
 -- ERRORS LK_ARGUMENT
 -- FLAGS none
 -- COST  O(m log n) for m items
--- WHY   The key's own end (expires_at) beats everything, even an outcome. The end of a first attempt's
---       lease frees the key only where on_expiry says reclaim: with park it stays taken, because
---       nobody knows whether the effect has happened.
+-- WHY   The key's own end (expires_at) beats everything, even an outcome. The end of a first
+--       attempt's lease frees the key only where on_expiry says reclaim: with park it stays taken,
+--       because nobody knows whether the effect has happened.
 local docs, due = KEYS[1], KEYS[2]
 local now_ms = ARGV[1]
 
-local FIXED, WIDTH, FINGERPRINTS_MAX = 1, 7, 33
+local FIXED, WIDTH = 1, 7
 local now = clock(now_ms)
 local count = (#ARGV - FIXED) / WIDTH
 if not now then
@@ -32,11 +32,17 @@ for i = 1, count do
   leases[i] = ARGV[base + 4] == "" and 0 or whole(ARGV[base + 4], 1, LEASE_MS_MAX)
   ends[i] = ARGV[base + 5] == "" and 0 or whole(ARGV[base + 5], 1, NEVER_MS)
   local on_expiry = ARGV[base + 6]
-  if not leases[i] or not ends[i] or #ARGV[base + 2] ~= 22 then
+  if not leases[i] or not ends[i] or not is_token(ARGV[base + 2]) then
     return refuse("item")
   end
   if on_expiry ~= "reclaim" and on_expiry ~= "park" then
     return refuse("on_expiry")
+  end
+  if not string.find(ARGV[base + 3], "^[%w_~-]+$") then
+    return refuse("fingerprint")
+  end
+  if string.find(ARGV[base + 7], "\n", 1, true) then
+    return refuse("reservation")
   end
 end
 local stored = values_of(docs, asked)

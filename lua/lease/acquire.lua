@@ -11,8 +11,8 @@
 -- ERRORS LK_ARGUMENT
 -- FLAGS none
 -- COST  O(m log n) for m items
--- WHY   The token makes a repeat harmless: while it holds the lease it gets the same answer again, and
---       once it gave the lease back an old request that arrives late takes nothing.
+-- WHY   The token makes a repeat harmless: while it holds the lease it gets the same answer again,
+--       and once it gave the lease back an old request that arrives late takes nothing.
 local docs, due, names, fence = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local now_ms = ARGV[1]
 
@@ -30,7 +30,7 @@ for i = 1, count do
   local base = FIXED + (i - 1) * WIDTH
   asked[i] = ARGV[base + 1]
   lengths[i] = whole(ARGV[base + 3], 1, LEASE_MS_MAX)
-  if not lengths[i] or #ARGV[base + 2] ~= 22 then
+  if not lengths[i] or not is_token(ARGV[base + 2]) then
     return refuse("item")
   end
 end

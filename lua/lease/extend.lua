@@ -38,7 +38,8 @@ for i = 1, count do
   local lease = read_lease(handled[name] or lines[i])
   if lease and lease.status == "held" and lease.token == token and lease.expires_at > now then
     local expires_at = math.max(lease.expires_at, now + lengths[i])
-    handled[name] = lease_line("held", token, lease.fence, lease.acquired_at, expires_at, lease.owner)
+    handled[name] =
+      lease_line("held", token, lease.fence, lease.acquired_at, expires_at, lease.owner)
     reply[i + 1] = { "extended", lease.fence, lease.acquired_at, expires_at, lease.owner }
     local n = #doc_pairs
     doc_pairs[n + 1], doc_pairs[n + 2] = name, handled[name]

@@ -20,6 +20,9 @@ local count = (#ARGV - FIXED) / WIDTH
 if not now then
   return refuse("now_ms")
 end
+if not is_flag(repeated) then
+  return refuse("repeated")
+end
 if count < 1 or count > ITEMS_MAX or count ~= math.floor(count) then
   return refuse("items")
 end

@@ -19,8 +19,9 @@
 -- ERRORS LK_ARGUMENT
 -- FLAGS allow-oom
 -- COST  O(m log n) for m items
--- WHY   The token decides, not the clock: a late ack before anybody reclaimed the row is good, and so
---       is one of the last holder after the row was buried or parked because its lease had ended.
+-- WHY   The token decides, not the clock: a late ack before anybody reclaimed the row is good, and
+--       so is one of the last holder after the row was buried or parked because its lease had
+--       ended.
 local docs, state, due, done = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local dead, unknown, errors, tally = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local now_ms, route, repeated = ARGV[1], ARGV[2], ARGV[3]
@@ -34,6 +35,12 @@ local bytes_max = whole(keep_bytes, 0, NEVER_MS)
 local count = (#ARGV - FIXED) / WIDTH
 if not now then
   return refuse("now_ms")
+end
+if not is_route(route) then
+  return refuse("route")
+end
+if not is_flag(repeated) then
+  return refuse("repeated")
 end
 if not age or not most or not bytes_max then
   return refuse("keep")
@@ -60,7 +67,7 @@ for i = 1, count do
     local size, rest
     if string.sub(line, 1, 39) == "claimed claimed " .. token .. " " then
       size, rest = string.match(line, "^%d+ (%d+)()", 40)
-      from_claimed = from_claimed + 1
+      from_claimed = from_claimed + (size and 1 or 0)
     else
       local row = read_state(line)
       if row and row.token == token then
@@ -83,12 +90,14 @@ for i = 1, count do
       outcome = "acked"
       local n = 2 * #finished
       finished[#finished + 1] = id
-      handled[id] = "sent acked " .. token .. " " .. now_text .. " " .. size .. string.sub(line, rest)
+      handled[id] = "sent acked " .. token .. " " .. now_text .. " " .. size
+        .. string.sub(line, rest)
       state_pairs[n + 1], state_pairs[n + 2] = id, handled[id]
       done_pairs[n + 1], done_pairs[n + 2] = now_text, id
       bytes = bytes + tonumber(size)
     end
-  elseif not line and id <= horizon and redis.call("HEXISTS", docs, id) == 0 then
+  elseif not line and may_be_forgotten(id, horizon)
+    and redis.call("HEXISTS", docs, id) == 0 then
     outcome = "forgotten"
   end
   reply[i + 1] = outcome

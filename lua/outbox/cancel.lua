@@ -31,6 +31,12 @@ local count = #ARGV - FIXED
 if not now then
   return refuse("now_ms")
 end
+if not is_route(route) then
+  return refuse("route")
+end
+if not is_flag(repeated) then
+  return refuse("repeated")
+end
 if not age or not most or not bytes_max then
   return refuse("keep")
 end
@@ -64,7 +70,7 @@ for i = 1, count do
     bytes = bytes + tonumber(row.size)
   elseif row then
     outcome = { "not_pending", row.status }
-  elseif id <= horizon then
+  elseif may_be_forgotten(id, horizon) then
     outcome = "forgotten"
   end
   reply[i + 1] = outcome

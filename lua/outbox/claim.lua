@@ -16,14 +16,14 @@
 --       4 dead_keep_ms    how long dead letters are kept
 --       5 dead_keep_count how many dead letters are kept
 -- ITEM  claim_id limit consumer: claim_id = the token of all its rows
--- REPLY now_ms next_due more damaged, per item: none | claimed fence lease_end rows; a row = id, doc,
---       attempt_count, claim_count, errors; more = 1 if further rows are due now
+-- REPLY now_ms next_due more damaged, per item: none | claimed fence lease_end rows; a row = id,
+--       doc, attempt_count, claim_count, errors; more = 1 if further rows are due now
 -- ERRORS LK_ARGUMENT
 -- FLAGS none
 -- COST  O(k log n) for k rows taken out of n
--- WHY   An expired row whose attempts are used up is buried here, and one that parks becomes unknown:
---       this is the moment at which it would be handed out again. Entries of the line without a
---       readable row leave it, or they would block it for ever; `damaged` names them.
+-- WHY   An expired row whose attempts are used up is buried here, and one that parks becomes
+--       unknown: this is the moment at which it would be handed out again. Entries of the line
+--       without a readable row leave it, or they would block it for ever; `damaged` names them.
 local docs, state, due, dead = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local unknown, errors, claims, claims_end = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local tally, fence = KEYS[9], KEYS[10]
@@ -39,6 +39,9 @@ local count = (#ARGV - FIXED) / WIDTH
 if not now then
   return refuse("now_ms")
 end
+if not is_route(route) then
+  return refuse("route")
+end
 if not lease then
   return refuse("lease_ms")
 end
@@ -53,17 +56,21 @@ for i = 1, count do
   local base = FIXED + (i - 1) * WIDTH
   claim_ids[i] = ARGV[base + 1]
   limits[i] = whole(ARGV[base + 2], 0, ITEMS_MAX)
-  if #claim_ids[i] ~= 22 or not limits[i] then
-    return refuse("item")
+  if not is_token(claim_ids[i]) then
+    return refuse("claim_id")
+  end
+  if not limits[i] then
+    return refuse("limit")
   end
 end
 
 -- A claim that is on record was made before: it gets the rows that it still holds, and no others.
-local records, made_before = values_of(claims, claim_ids), {}
+local records, made_before, repeats = values_of(claims, claim_ids), {}, false
 for i = 1, count do
   if records[i] or made_before[claim_ids[i]] then
     limits[i] = 0
   end
+  repeats = repeats or records[i]
   made_before[claim_ids[i]] = true
   wanted = wanted + limits[i]
 end
@@ -79,16 +86,23 @@ end
 local more = #ids > wanted
 ids[wanted + 1] = nil
 local lines = values_of(state, ids)
-local found, bytes, looked_at = {}, 0, 0
+local found, errors_of, bytes, looked_at = {}, {}, 0, 0
 while looked_at < #ids and (looked_at == 0 or bytes < REPLY_BYTES_MAX) do
-  local chunk = {}
+  local chunk, touched = {}, {}
   for i = looked_at + 1, math.min(looked_at + CHUNK_ROWS, #ids) do
     chunk[#chunk + 1] = ids[i]
+    if lines[i] then
+      touched[#touched + 1] = ids[i]
+    end
   end
-  local read = values_of(docs, chunk)
+  local read, error_lines = values_of(docs, chunk), values_of(errors, touched)
   for i = 1, #chunk do
     found[looked_at + i] = read[i]
     bytes = bytes + #(read[i] or "")
+  end
+  for i = 1, #touched do
+    errors_of[touched[i]] = error_lines[i] or nil
+    bytes = bytes + #(error_lines[i] or "")
   end
   looked_at = looked_at + #chunk
 end
@@ -96,24 +110,24 @@ more = more or looked_at < #ids
 local last_fence = next_fence(fence, micros)
 
 -- Decide what becomes of each row looked at.
-local rows, taken_bytes, retried = {}, 0, {}
+local rows, taken_bytes = {}, 0
 local buried, parked, damaged = {}, {}, {}
 local from_pending, from_claimed = 0, 0
 for i = 1, looked_at do
   local id, doc, line = ids[i], found[i], lines[i]
-  local row
+  local row, attempts_max, on_expiry
   if doc and line then
     row = read_state(line)
   elseif doc then
     row = { status = "pending", attempts = 0, claims = "0" }
   end
-  if not row or (row.status ~= "pending" and row.status ~= "claimed") then
+  if row and row.status == "claimed" then
+    attempts_max, on_expiry = read_header(doc)
+  end
+  if not row or (row.status ~= "pending" and not attempts_max) then
     damaged[#damaged + 1] = id
   else
-    local attempts_max, on_expiry = 0, "reclaim"
-    if row.status == "claimed" then
-      attempts_max, on_expiry = read_header(doc)
-    end
+    local row_bytes = #doc + #(errors_of[id] or "")
     row.id, row.doc = id, doc
     if row.status == "claimed" and on_expiry == "park" then
       parked[#parked + 1] = row
@@ -121,15 +135,12 @@ for i = 1, looked_at do
     elseif row.status == "claimed" and attempts_max > 0 and row.attempts >= attempts_max then
       buried[#buried + 1] = row
       from_claimed = from_claimed + 1
-    elseif #rows > 0 and taken_bytes + #doc > REPLY_BYTES_MAX then
+    elseif #rows > 0 and taken_bytes + row_bytes > REPLY_BYTES_MAX then
       more = true
       break
     else
       rows[#rows + 1] = row
-      taken_bytes = taken_bytes + #doc
-      if line then
-        retried[#retried + 1] = id
-      end
+      taken_bytes = taken_bytes + row_bytes
       if row.status == "pending" then
         from_pending = from_pending + 1
       else
@@ -138,12 +149,10 @@ for i = 1, looked_at do
     end
   end
 end
-for i = 1, #buried do
-  retried[#retried + 1] = buried[i].id
-end
-local error_lines, errors_of = values_of(errors, retried), {}
-for i = 1, #retried do
-  errors_of[retried[i]] = error_lines[i] or nil
+-- What is due is over for the claims that had it; a repeat must not be told that it holds it still.
+local over_for_repeats = {}
+for i = 1, repeats and looked_at or 0 do
+  over_for_repeats[ids[i]] = true
 end
 
 -- Hand the rows to the claims in the order of both.
@@ -183,7 +192,8 @@ for i = 1, count do
     local held_errors = values_of(errors, held)
     for j = 1, #held do
       local row = held_lines[j] and held_docs[j] and read_state(held_lines[j])
-      if row and row.status == "claimed" and row.token == token then
+      local holds = row and row.status == "claimed" and row.token == token
+      if holds and not over_for_repeats[held[j]] then
         answer[2], answer[3] = row.fence, n == 3 and row.at or math.min(answer[3], row.at)
         answer[n + 1], answer[n + 2], answer[n + 3] = held[j], held_docs[j], row.attempts
         answer[n + 4], answer[n + 5] = tonumber(row.claims), held_errors[j] or ""

@@ -18,7 +18,8 @@
 -- FLAGS none
 -- COST  O(m log n) for m items, n rows of the route
 -- WHY   All reads come first: a row, its place in line and its dedupe key are there together or not
---       at all. Two items of one call may carry the same id or digest: the later one sees the earlier.
+--       at all. Two items of one call may carry the same id or digest: the later one sees the
+--       earlier.
 local docs, state, due, lanes = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local dedupe, dedupe_end, tally = KEYS[5], KEYS[6], KEYS[7]
 local now_ms, route, repeated, window_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
@@ -29,6 +30,12 @@ local window = whole(window_ms, 1, DURATION_MS_MAX)
 local count = (#ARGV - FIXED) / WIDTH
 if not now then
   return refuse("now_ms")
+end
+if not is_route(route) then
+  return refuse("route")
+end
+if not is_flag(repeated) then
+  return refuse("repeated")
 end
 if not window then
   return refuse("window_ms")
@@ -41,6 +48,9 @@ local ids, digests, slots = {}, {}, {}
 for i = 1, count do
   local base = FIXED + (i - 1) * WIDTH
   ids[i] = ARGV[base + 1]
+  if #ids[i] > ID_BYTES_MAX or not string.find(ids[i], "^[%w_-]+$") then
+    return refuse("id")
+  end
   if not whole(ARGV[base + 3], 0, NEVER_MS) then
     return refuse("available_at")
   end
@@ -81,7 +91,8 @@ for i = 1, #asked do
   if not ends[i] or tonumber(ends[i]) <= now then
     local line = id and redis.call("HGET", state, id)
     local row = line and read_state(line)
-    local waits = row and (row.status == "pending" or row.status == "claimed" or row.status == "unknown")
+    local status = row and row.status
+    local waits = status == "pending" or status == "claimed" or status == "unknown"
     if id and redis.call("HSTRLEN", docs, id) > 0 and (not row or waits) then
       spent[asked[i]] = "waits"
     else
@@ -115,7 +126,7 @@ for i = 1, count do
     else
       outcomes[i] = "duplicate"
     end
-  elseif holder or (repeated == "1" and id <= horizon) then
+  elseif holder or may_be_forgotten(id, horizon) then
     outcomes[i] = "forgotten"
   else
     outcomes[i] = "created"

@@ -8,8 +8,8 @@
 -- ERRORS LK_ARGUMENT
 -- FLAGS allow-oom
 -- COST  O(m log n) for m items
--- WHY   The one command that refuses after the lease's end: what has ended may already be promised to
---       another. An end never moves back, so that asking twice, or late, shortens nothing.
+-- WHY   The one command that refuses after the lease's end: what has ended may already be promised
+--       to another. An end never moves back, so that asking twice, or late, shortens nothing.
 local state, due = KEYS[1], KEYS[2]
 local now_ms = ARGV[1]
 

@@ -24,7 +24,8 @@ local ids = {}
 for i = 1, count do
   ids[i] = ARGV[1 + i]
 end
-local found, lines, error_lines = values_of(docs, ids), values_of(state, ids), values_of(errors, ids)
+local found, lines = values_of(docs, ids), values_of(state, ids)
+local error_lines = values_of(errors, ids)
 
 local reply = { now }
 for i = 1, count do

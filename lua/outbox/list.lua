@@ -56,14 +56,15 @@ repeat
     if status == "claimed" and on_expiry == "park" and tonumber(at) <= now then
       status = "unknown"
     end
-    local wanted = statuses == "" or string.find(statuses, " " .. (status or "pending") .. " ", 1, true)
+    local wanted = statuses == ""
+      or string.find(statuses, " " .. (status or "pending") .. " ", 1, true)
     if routes ~= "" then
       wanted = wanted and route and string.sub(route, 1, #routes) == routes
         and (#route == #routes or string.sub(routes, -1) == ":")
     end
     if wanted then
       taken = taken + 1
-      bytes = bytes + #doc
+      bytes = bytes + #doc + #(error_lines[i] or "")
       reply[n + 1], reply[n + 2] = ids[i], doc
       reply[n + 3], reply[n + 4] = line, error_lines[i] or ""
       n = n + 4

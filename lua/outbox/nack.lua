@@ -7,9 +7,9 @@
 --       5 unknown zset id -> when it got there
 --       6 errors  hash id -> errors of its attempts
 --       7 tally   hash counts, bytes kept, horizon
--- ARGV  1 now_ms          "" for the server's clock
---       2 route           encoded lane and target, joined by a colon
---       3 repeated        1 if the caller sent these items before and does not know what became of it
+-- ARGV  1 now_ms     "" for the server's clock
+--       2 route      encoded lane and target, joined by a colon
+--       3 repeated   1 if the caller sent these items before and does not know what became of it
 --       4 dead_keep_ms    how long dead letters are kept
 --       5 dead_keep_count how many dead letters are kept
 -- ITEM  id token retry_at permanent error: retry_at = "" for now; permanent = 1 to bury at once;
@@ -18,7 +18,8 @@
 -- ERRORS LK_ARGUMENT
 -- FLAGS allow-oom
 -- COST  O(m log n) for m items
--- WHY   Deletes come first: Redis 6.2 lets a full server go on writing only after a command that frees.
+-- WHY   Deletes come first: Redis 6.2 lets a full server go on writing only after a command that
+--       frees.
 local docs, state, due, dead = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local unknown, errors, tally = KEYS[5], KEYS[6], KEYS[7]
 local now_ms, route, repeated = ARGV[1], ARGV[2], ARGV[3]
@@ -31,6 +32,12 @@ local dead_most = whole(dead_keep_count, 0, NEVER_MS)
 local count = (#ARGV - FIXED) / WIDTH
 if not now then
   return refuse("now_ms")
+end
+if not is_route(route) then
+  return refuse("route")
+end
+if not is_flag(repeated) then
+  return refuse("repeated")
 end
 if not dead_age or not dead_most then
   return refuse("dead_keep")
@@ -45,6 +52,12 @@ for i = 1, count do
   retries[i] = ARGV[base + 3] == "" and now or whole(ARGV[base + 3], 0, NEVER_MS)
   if not retries[i] then
     return refuse("retry_at")
+  end
+  if not is_flag(ARGV[base + 4]) then
+    return refuse("permanent")
+  end
+  if string.find(ARGV[base + 5], "\n", 1, true) then
+    return refuse("error")
   end
 end
 local lines, error_lines = values_of(state, ids), values_of(errors, ids)
@@ -92,7 +105,8 @@ for i = 1, count do
       error_pairs[n + 1] = id
       error_pairs[n + 2] = with_error(error_lines[i], now, kind, row, text)
     end
-  elseif not line and id <= horizon and redis.call("HEXISTS", docs, id) == 0 then
+  elseif not line and may_be_forgotten(id, horizon)
+    and redis.call("HEXISTS", docs, id) == 0 then
     outcome = "forgotten"
   end
   reply[i + 1] = outcome

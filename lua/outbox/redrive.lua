@@ -13,7 +13,8 @@
 -- ERRORS LK_ARGUMENT
 -- FLAGS none
 -- COST  O(m log n) for m items
--- WHY   The token goes: an ack by the last holder of a redriven row would end a row that waits again.
+-- WHY   The token goes: an ack by the last holder of a redriven row would end a row that waits
+--       again.
 local docs, state, due, dead, tally = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local now_ms, route, repeated = ARGV[1], ARGV[2], ARGV[3]
 
@@ -22,6 +23,12 @@ local now = clock(now_ms)
 local count = #ARGV - FIXED
 if not now then
   return refuse("now_ms")
+end
+if not is_route(route) then
+  return refuse("route")
+end
+if not is_flag(repeated) then
+  return refuse("repeated")
 end
 if count < 1 or count > ITEMS_MAX then
   return refuse("items")
@@ -55,7 +62,7 @@ for i = 1, count do
     outcome = { "not_dead", row.status }
   elseif redis.call("HEXISTS", docs, id) == 1 then
     outcome = { "not_dead", "pending" }
-  elseif id <= horizon then
+  elseif may_be_forgotten(id, horizon) then
     outcome = "forgotten"
   end
   reply[i + 1] = outcome

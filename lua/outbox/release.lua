@@ -22,6 +22,12 @@ local count = (#ARGV - FIXED) / WIDTH
 if not now then
   return refuse("now_ms")
 end
+if not is_route(route) then
+  return refuse("route")
+end
+if not is_flag(repeated) then
+  return refuse("repeated")
+end
 if count < 1 or count > ITEMS_MAX or count ~= math.floor(count) then
   return refuse("items")
 end
@@ -50,7 +56,8 @@ for i = 1, count do
       state_pairs[n + 1], state_pairs[n + 2] = id, handled[id]
       moved[#moved + 1] = id
     end
-  elseif not line and id <= horizon and redis.call("HEXISTS", docs, id) == 0 then
+  elseif not line and may_be_forgotten(id, horizon)
+    and redis.call("HEXISTS", docs, id) == 0 then
     outcome = "forgotten"
   end
   reply[i + 1] = outcome

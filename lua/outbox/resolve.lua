@@ -21,7 +21,8 @@
 -- ERRORS LK_ARGUMENT
 -- FLAGS allow-oom
 -- COST  O(m log n) for m items
--- WHY   A row that parks is unknown from the end of its lease on, also before a claim has written it.
+-- WHY   A row that parks is unknown from the end of its lease on, also before a claim has written
+--       it.
 local docs, state, due, done = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local dead, unknown, errors, tally = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local now_ms, route, repeated = ARGV[1], ARGV[2], ARGV[3]
@@ -40,6 +41,12 @@ local count = (#ARGV - FIXED) / WIDTH
 if not now then
   return refuse("now_ms")
 end
+if not is_route(route) then
+  return refuse("route")
+end
+if not is_flag(repeated) then
+  return refuse("repeated")
+end
 if not age or not most or not bytes_max or not dead_age or not dead_most then
   return refuse("keep")
 end
@@ -52,6 +59,9 @@ for i = 1, count do
   ids[i] = ARGV[base + 1]
   if not STATUS[ARGV[base + 2]] then
     return refuse("verdict")
+  end
+  if string.find(ARGV[base + 3], "\n", 1, true) then
+    return refuse("note")
   end
 end
 local lines, error_lines = values_of(state, ids), values_of(errors, ids)
@@ -104,7 +114,7 @@ for i = 1, count do
     outcome = { "not_unknown", row.status }
   elseif redis.call("HEXISTS", docs, id) == 1 then
     outcome = { "not_unknown", "pending" }
-  elseif id <= horizon then
+  elseif may_be_forgotten(id, horizon) then
     outcome = "forgotten"
   end
   reply[i + 1] = outcome

@@ -18,6 +18,9 @@ local count = #ARGV - 2
 if not now then
   return refuse("now_ms")
 end
+if mark ~= "server" and mark ~= "caller" then
+  return refuse("mark")
+end
 if count < 1 or count > ITEMS_MAX then
   return refuse("items")
 end
