@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import msgspec
 from redis.exceptions import ResponseError
 
 from leasekit import scripts
@@ -66,51 +67,46 @@ class Reply:
         return int(self.head[0])
 
 
+Bind = Callable[[], Sequence[Argument]]
 Decode = Callable[[Any, Any, Reply], Any]
 Undo = Callable[[Any], None]
+_Key = tuple[str, str, Hashable]
 
 
-class _Call:
-    __slots__ = ("context", "fields", "future", "rows", "size", "undo")
+class _Call(msgspec.Struct, eq=False, gc=False):
+    """One item and who waits for it."""
 
-    def __init__(
-        self,
-        fields: Sequence[Argument],
-        context: Any,
-        rows: int,
-        size: int,
-        undo: Undo | None,
-        future: asyncio.Future[Any],
-    ) -> None:
-        self.fields = fields
-        self.context = context
-        self.rows = rows
-        self.size = size
-        self.undo = undo
-        self.future = future
+    fields: Sequence[Argument]
+    context: Any
+    rows: int
+    size: int
+    undo: Undo | None
+    future: Any
 
 
 class _Group:
     """Calls that may share one script call."""
 
-    __slots__ = ("bound", "calls", "decode", "head", "key", "script", "tenant")
+    __slots__ = ("bound", "calls", "decode", "head", "key", "script")
 
     def __init__(
         self,
-        key: Hashable,
+        key: _Key,
         script: Script,
         bound: Sequence[Argument],
         decode: Decode,
         head: int,
-        tenant: str,
     ) -> None:
         self.key = key
         self.script = script
         self.bound = bound
         self.decode = decode
         self.head = head
-        self.tenant = tenant
         self.calls: deque[_Call] = deque()
+
+    @property
+    def tenant(self) -> str:
+        return self.key[1]
 
 
 class Coalescer:
@@ -120,7 +116,7 @@ class Coalescer:
         self._wire = wire
         self._shebang = shebang
         self._timeout_s = timeout_ms / 1_000
-        self._groups: dict[Hashable, _Group] = {}
+        self._groups: dict[_Key, _Group] = {}
         self._ready: deque[_Group] = deque()
         self._flights = 0
         self._queued_rows = 0
@@ -152,7 +148,7 @@ class Coalescer:
         script: Script,
         tenant: str,
         variant: tuple[Hashable, ...],
-        bind: Callable[[], Sequence[Argument]],
+        bind: Bind,
         fields: Sequence[Argument],
         decode: Decode,
         *,
@@ -176,11 +172,12 @@ class Coalescer:
         future: asyncio.Future[Any] = self._loop.create_future()
         call = _Call(fields, context, rows, size, undo, future)
         key = (script.name, tenant, variant)
-        if self._is_full or self._waiting:
-            return self._loop.create_task(
-                self._submit_later(key, call, script, tenant, bind, decode, head)
-            )
-        self._add(key, call, script, tenant, bind, decode, head)
+        if self._waiting or self._is_full:
+            return self._loop.create_task(self._enter_later(key, call, script, bind, decode, head))
+        group = self._groups.get(key)
+        if group is None:
+            group = self._open_group(key, script, bind, decode, head)
+        self._enter(group, call)
         return future
 
     async def close(self) -> None:
@@ -203,13 +200,12 @@ class Coalescer:
     def _is_full(self) -> bool:
         return self._queued_rows >= QUEUE_ROWS_MAX or self._queued_bytes >= QUEUE_BYTES_MAX
 
-    async def _submit_later(
+    async def _enter_later(
         self,
-        key: Hashable,
+        key: _Key,
         call: _Call,
         script: Script,
-        tenant: str,
-        bind: Callable[[], Sequence[Argument]],
+        bind: Bind,
         decode: Decode,
         head: int,
     ) -> Any:
@@ -222,27 +218,25 @@ class Coalescer:
             if room.done() and not room.cancelled():
                 self._let_in()
             raise
-        self._add(key, call, script, tenant, bind, decode, head)
+        self._enter(
+            self._groups.get(key) or self._open_group(key, script, bind, decode, head), call
+        )
         return await call.future
 
-    def _add(
-        self,
-        key: Hashable,
-        call: _Call,
-        script: Script,
-        tenant: str,
-        bind: Callable[[], Sequence[Argument]],
-        decode: Decode,
-        head: int,
-    ) -> None:
-        group = self._groups.get(key)
-        if group is None:
-            group = self._groups[key] = _Group(key, script, bind(), decode, head, tenant)
-            self._ready.append(group)
+    def _open_group(
+        self, key: _Key, script: Script, bind: Bind, decode: Decode, head: int
+    ) -> _Group:
+        group = self._groups[key] = _Group(key, script, bind(), decode, head)
+        self._ready.append(group)
+        return group
+
+    def _enter(self, group: _Group, call: _Call) -> None:
         group.calls.append(call)
         self._queued_rows += call.rows
         self._queued_bytes += call.size
-        self._flush_soon()
+        if not self._flush_is_due and self._flights < FLIGHTS_MAX:
+            self._flush_is_due = True
+            self._loop.call_soon(self._flush)
 
     def _let_in(self) -> None:
         """Wake those who wait for room: as many as there is room for, in the order of arrival."""

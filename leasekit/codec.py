@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from base64 import urlsafe_b64encode
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -33,9 +33,11 @@ __all__ = [
 ID_BYTES_MAX = 200
 NAME_BYTES_MAX = 200
 TOKEN_LENGTH = 22
+TOKENS_AT_A_TIME = 64
 PAYLOAD_BYTES_DEFAULT = 256 * 1024
 PAYLOAD_BYTES_MAX = 1024 * 1024
 DOCUMENT_BYTES_MAX = 64 * 1024
+DEPTH_MAX = 100
 ERROR_TEXT_MAX = 2_000
 BATCH_MAX = 1_000
 LEASE_MS_MAX = 12 * 3_600_000
@@ -43,13 +45,15 @@ NOW_MS_MAX = 4_102_444_800_000
 INSTANT_MS_MAX = 9_007_199_254_740_991
 DURATION_MS_MAX = 3_155_760_000_000
 
+_encode_sorted = msgspec.json.Encoder(order="sorted").encode
+
 INTEGER_MIN = -(2**63)
 INTEGER_MAX = 2**64 - 1
 
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 _BASE32 = "0123456789abcdefghjkmnpqrstvwxyz"
 _PAIRS = [first + second for first in _BASE32 for second in _BASE32]
-_RANDOM_BITS = 80
+_COUNTER_MAX = 2**40 - 1
 _ID_CHARACTERS = frozenset(_BASE32)
 _TOKEN_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_")
 _ID_LENGTH = 26
@@ -58,27 +62,45 @@ _ID_LENGTH = 26
 class _IdSource:
     """Time-ordered ids, strictly rising within a process, also within a millisecond.
 
-    48 bits of milliseconds and 80 random bits; an id that would not rise is the last one plus a
-    random step. A child process starts anew, so that two processes never count on from one number.
+    48 bits of milliseconds, 40 random bits chosen anew each millisecond, and a counter of 40 bits that
+    starts at a random place: most ids cost only the encoding of the counter. A child process starts
+    anew, so that two processes never count on from one number.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._last = 0
+        self._start_anew()
         os.register_at_fork(after_in_child=self._start_anew)
 
     def _start_anew(self) -> None:
         self._lock = threading.Lock()
-        self._last = 0
+        self._at_ms = 0
+        self._counter = 0
+        self._prefix = ""
 
     def next(self) -> str:
-        noise = int.from_bytes(os.urandom(10))
+        now_ms = time.time_ns() // 1_000_000
         with self._lock:
-            number = ((time.time_ns() // 1_000_000) << _RANDOM_BITS) | (noise >> 1)
-            if number <= self._last:
-                number = self._last + 1 + (noise & 0xFFFFFFFF)
-            self._last = number
-        return "".join([_PAIRS[(number >> shift) & 1023] for shift in range(120, -1, -10)])
+            self._counter += 1
+            if now_ms > self._at_ms or self._counter > _COUNTER_MAX:
+                # A clock that steps back changes nothing: the last millisecond goes on.
+                self._at_ms = max(now_ms, self._at_ms + 1)
+                noise = int.from_bytes(os.urandom(10))
+                self._prefix = _base32((self._at_ms << 40) | (noise >> 40), 18)
+                self._counter = noise & (_COUNTER_MAX >> 1)
+            number = self._counter
+            return (
+                self._prefix
+                + _PAIRS[number >> 30]
+                + _PAIRS[number >> 20 & 1023]
+                + _PAIRS[number >> 10 & 1023]
+                + _PAIRS[number & 1023]
+            )
+
+
+def _base32(number: int, length: int) -> str:
+    """A number in `length` (even) characters that sort as the number does."""
+    shifts = range(5 * (length - 2), -1, -10)
+    return "".join([_PAIRS[number >> shift & 1023] for shift in shifts])
 
 
 _ids = _IdSource()
@@ -89,9 +111,31 @@ def new_id() -> str:
     return _ids.next()
 
 
+class _TokenSource:
+    """Tokens of 128 random bits; the system is asked for many at a time, a child process anew."""
+
+    def __init__(self) -> None:
+        self._ready: list[str] = []
+        os.register_at_fork(after_in_child=self._ready.clear)
+
+    def next(self) -> str:
+        try:
+            return self._ready.pop()
+        except IndexError:
+            noise = os.urandom(16 * TOKENS_AT_A_TIME)
+            self._ready += [
+                urlsafe_b64encode(noise[at : at + 16])[:TOKEN_LENGTH].decode()
+                for at in range(0, len(noise), 16)
+            ]
+            return self._ready.pop()
+
+
+_tokens = _TokenSource()
+
+
 def new_token() -> str:
     """A new token: 128 random bits as 22 base64url characters."""
-    return urlsafe_b64encode(os.urandom(16))[:TOKEN_LENGTH].decode()
+    return _tokens.next()
 
 
 def check_id(value: object) -> str:
@@ -149,6 +193,8 @@ def check_text(value: object, field: str, *, bytes_max: int = NAME_BYTES_MAX) ->
 
 def check_whole(value: object, field: str, least: int, most: int) -> int:
     """A whole number within bounds, no boolean; InvalidInput naming field, bounds and value."""
+    if type(value) is int and least <= value <= most:
+        return value
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidInput(
             f"{field} must be a whole number, not {type(value).__name__}", field=field
@@ -165,19 +211,26 @@ def check_whole(value: object, field: str, least: int, most: int) -> int:
 def canonical_json(value: object, field: str, *, bytes_max: int) -> bytes:
     """Canonical JSON of a value; InvalidInput for what JSON cannot carry or is too large.
 
-    Keys sorted, compact, UTF-8; 1 and 1.0 differ; NaN, infinities, integers beyond 64 bits, bytes and
-    lone surrogates are refused.
+    Keys sorted, compact, UTF-8; 1 and 1.0 differ. NaN, infinities, integers beyond 64 bits, lone
+    surrogates, more than DEPTH_MAX levels, keys that are no text, and bytes as the whole value are
+    refused. Inside of a value, what has a usual form in JSON (dates, UUIDs; bytes as base64) gets it.
     """
     if isinstance(value, (bytes, bytearray, memoryview)):
         raise InvalidInput(
             f"{field} must be a JSON value, not bytes: decode it, or send base64 text", field=field
         )
     try:
-        encoded = msgspec.json.encode(value, order="sorted")
+        encoded = _encode_sorted(value)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InvalidInput(f"{field} is not a JSON value: {error}", field=field) from None
-    # The encoder writes NaN as null and any integer in full; looking is cheap, walking is not.
-    if (b"null" in encoded or _LONG_NUMBER.search(encoded)) and (problem := _find_problem(value)):
+    # The encoder writes NaN as null, any integer in full, and nests as deep as this stack allows,
+    # which may be deeper than the reader's. Looking is cheap, walking is not.
+    is_suspect = (
+        b"null" in encoded
+        or _LONG_NUMBER.search(encoded)
+        or encoded.count(b"[") + encoded.count(b"{") > DEPTH_MAX
+    )
+    if is_suspect and (problem := _find_problem(value)):
         raise InvalidInput(f"{field} holds {problem}", field=field)
     if len(encoded) > bytes_max:
         raise InvalidInput(
@@ -189,24 +242,28 @@ def canonical_json(value: object, field: str, *, bytes_max: int) -> bytes:
 
 
 def _find_problem(value: object) -> str | None:
-    """What in a value JSON cannot carry faithfully, or None."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN or an infinity, which JSON has not"
-    if isinstance(value, int) and not INTEGER_MIN <= value <= INTEGER_MAX:
-        return "an integer beyond 64 bits"
-    if isinstance(value, msgspec.Struct):
-        value = msgspec.structs.asdict(value)
-    if isinstance(value, dict):
-        parts: Iterable[object] = value.values()
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        parts = value
-    else:
-        return None
-    return next((problem for part in parts if (problem := _find_problem(part))), None)
+    """What in a value JSON cannot carry faithfully, or None; level by level, without recursion."""
+    level = [value]
+    for _ in range(DEPTH_MAX + 1):
+        inner: list[object] = []
+        for part in level:
+            if isinstance(part, float) and not math.isfinite(part):
+                return "NaN or an infinity, which JSON has not"
+            if isinstance(part, int) and not INTEGER_MIN <= part <= INTEGER_MAX:
+                return "an integer beyond 64 bits"
+            if isinstance(part, msgspec.Struct):
+                inner += msgspec.structs.astuple(part)
+            elif isinstance(part, dict):
+                inner += part.values()
+            elif isinstance(part, (list, tuple, set, frozenset)):
+                inner += part
+        if not inner:
+            return None
+        level = inner
+    return f"more than {DEPTH_MAX} levels of lists and objects"
 
 
-def decode_json(data: bytes) -> Any:
-    return msgspec.json.decode(data)
+decode_json: Callable[[bytes], Any] = msgspec.json.Decoder().decode
 
 
 def error_text(value: object) -> bytes:

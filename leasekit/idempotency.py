@@ -31,7 +31,14 @@ from leasekit.model import (
     ReserveOutcome,
     WithdrawOutcome,
 )
-from leasekit.scope import PAGE_LIMIT_DEFAULT, Scope, decode_cursor, encode_cursor, word_of
+from leasekit.scope import (
+    PAGE_LIMIT_DEFAULT,
+    Scope,
+    decode_cursor,
+    encode_cursor,
+    reader_of,
+    word_of,
+)
 from leasekit.scripts import script
 
 __all__ = ["Idempotency", "record_id"]
@@ -57,6 +64,9 @@ _RELEASE = script("idempotency/release", item=("record_id", "token", "fingerprin
 _GET = script("idempotency/get", item=("record_id",))
 _LIST = script("idempotency/list")
 _PURGE = script("idempotency/purge")
+
+_read_completed = reader_of(CompleteOutcome)
+_read_release = reader_of(WithdrawOutcome)
 
 
 class _Stored(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -208,7 +218,7 @@ class Idempotency:
             (now, repeat),
             lambda: _COMPLETE.bind(self._keys(), {"now_ms": now, "repeated": int(repeat)}),
             (identity, token, keep_ms, encoded),
-            lambda item, context, reply: CompleteOutcome(word_of(item)),
+            _read_completed,
             size=len(encoded),
         )
         return completed
@@ -248,7 +258,7 @@ class Idempotency:
             (now, repeat),
             lambda: _RELEASE.bind(self._keys(), {"now_ms": now, "repeated": int(repeat)}),
             (identity, token, mark),
-            lambda item, context, reply: WithdrawOutcome(word_of(item)),
+            _read_release,
         )
 
     async def get(

@@ -25,7 +25,14 @@ from leasekit.model import (
     LeaseReleaseOutcome,
     Page,
 )
-from leasekit.scope import PAGE_LIMIT_DEFAULT, Scope, decode_cursor, encode_cursor, word_of
+from leasekit.scope import (
+    PAGE_LIMIT_DEFAULT,
+    Scope,
+    decode_cursor,
+    encode_cursor,
+    reader_of,
+    word_of,
+)
 from leasekit.scripts import script
 
 __all__ = ["Acquisition", "Lease", "Leases"]
@@ -44,6 +51,8 @@ _EXTEND = script("lease/extend", item=("name", "token", "ttl_ms"))
 _RELEASE = script("lease/release", item=("name", "token"))
 _GET = script("lease/get", item=("name",))
 _LIST = script("lease/list")
+
+_read_release = reader_of(LeaseReleaseOutcome)
 
 
 class Lease:
@@ -248,7 +257,7 @@ class Leases:
                 {"now_ms": now, "repeated": int(repeat)},
             ),
             (name, token),
-            lambda item, context, reply: LeaseReleaseOutcome(word_of(item)),
+            _read_release,
         )
 
     async def get(self, name: str, *, now_ms: int | None = None) -> Holder | None:

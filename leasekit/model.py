@@ -150,7 +150,7 @@ class ResolveOutcome(StrEnum):
     FORGOTTEN = "forgotten"
 
 
-class Draft(msgspec.Struct, kw_only=True):
+class Draft(msgspec.Struct, kw_only=True, gc=False):
     """What a producer wants sent; `enqueue_many` takes a list of these.
 
     available_at_ms: not before this instant; 0 = at once. max_attempts: None = without end.
@@ -168,7 +168,7 @@ class Draft(msgspec.Struct, kw_only=True):
     run_id: str | None = None
 
 
-class AttemptError(msgspec.Struct, frozen=True, kw_only=True):
+class AttemptError(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One entry of a row's history: kind = requeued, nacked, permanent, expired or resolved_..."""
 
     at_ms: int
@@ -178,7 +178,7 @@ class AttemptError(msgspec.Struct, frozen=True, kw_only=True):
     text: str
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
+class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A queue row as it is now. `cause` is what brought it to its status (lua/PROTOCOL.md)."""
 
     id: str
@@ -211,7 +211,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         return f"<Row {self.id} {self.lane}/{self.target} {self.status} {self.attempt_count}>"
 
 
-class Enqueued(msgspec.Struct, frozen=True):
+class Enqueued(msgspec.Struct, frozen=True, gc=False):
     """`created` False: the row was there already, by its dedupe key or its id, with equal content."""
 
     row: Row

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, Literal, TypeVar
+
+import msgspec
 
 from leasekit import codec
 from leasekit.coalesce import Reply, local_clock_s
@@ -35,7 +38,14 @@ from leasekit.model import (
     Row,
     RowStatus,
 )
-from leasekit.scope import PAGE_LIMIT_DEFAULT, Scope, decode_cursor, encode_cursor, word_of
+from leasekit.scope import (
+    PAGE_LIMIT_DEFAULT,
+    Scope,
+    decode_cursor,
+    encode_cursor,
+    reader_of,
+    word_of,
+)
 from leasekit.scripts import Argument, Script, script
 
 __all__ = ["Claim", "ClaimedRows", "Outbox"]
@@ -60,19 +70,26 @@ _COUNTS = script("outbox/counts")
 _PURGE = script("outbox/purge")
 
 _COUNTED = ("pending", "claimed", "unknown", "dead_lettered", "sent", "cancelled")
+_NOWHERE = "~:~"  # no lane encodes to a bare "~"
 _CLAIM_HEAD = 4  # now_ms, next_due, more, damaged
 _ROW_WIDTH = 5  # id, doc, attempt_count, claim_count, errors
 
-_Word = TypeVar(
-    "_Word",
-    AckOutcome,
-    NackOutcome,
-    ExtendOutcome,
-    ReleaseOutcome,
-    CancelOutcome,
-    RedriveOutcome,
-    ResolveOutcome,
-)
+_Word = TypeVar("_Word")
+
+_read_ack = reader_of(AckOutcome)
+_read_nack = reader_of(NackOutcome)
+_read_release = reader_of(ReleaseOutcome)
+_read_cancel = reader_of(CancelOutcome)
+_read_redrive = reader_of(RedriveOutcome)
+_read_resolve = reader_of(ResolveOutcome)
+
+
+@lru_cache(maxsize=4096)
+def _check_route(lane: str, target: str) -> str:
+    """The route of a lane and a target, checked; what was good once is remembered."""
+    codec.check_text(lane, "lane")
+    codec.check_text(target, "target")
+    return route_of(lane, target)
 
 
 class Claim:
@@ -153,9 +170,12 @@ class ClaimedRows(list[Claim]):
     """The claims of one call. `more`: further rows are due now; `next_due_at_ms`: when one will be
     (0 = none is in line). Both are of the moment of the claim."""
 
-    more: bool = False
-    next_due_at_ms: int = 0
-    now_ms: int = 0
+    __slots__ = ("more", "next_due_at_ms", "now_ms")
+
+    def __init__(self, now_ms: int, next_due_at_ms: int, more: bool) -> None:
+        self.now_ms = now_ms
+        self.next_due_at_ms = next_due_at_ms
+        self.more = more
 
 
 class Outbox:
@@ -242,8 +262,7 @@ class Outbox:
 
     def _encode(self, draft: Draft) -> tuple[str, str, bytes, str]:
         """Id, route, draft bytes and dedupe argument; InvalidInput in the order of the spec (1.4)."""
-        lane = codec.check_text(draft.lane, "lane")
-        target = codec.check_text(draft.target, "target")
+        route = _check_route(draft.lane, draft.target)
         dedupe_key = draft.dedupe_key
         if dedupe_key is not None:
             codec.check_text(dedupe_key, "dedupe_key")
@@ -268,7 +287,6 @@ class Outbox:
         payload = codec.canonical_json(
             draft.payload, "payload", bytes_max=self._scope.settings.payload_bytes_max
         )
-        route = route_of(lane, target)
         header = (
             f"{available} {attempts or 0} {draft.on_expiry} {route} "
             f"{'~' if dedupe_key is None else encode_word(dedupe_key)} "
@@ -277,7 +295,7 @@ class Outbox:
         body = header.encode() + payload
         if dedupe_key is None:
             return row_id, route, body, ""
-        digest = codec.short_digest(lane.encode(), target.encode(), dedupe_key.encode())
+        digest = codec.short_digest(route.encode(), dedupe_key.encode())
         return row_id, route, body, f"{digest} {codec.short_digest(body)}"
 
     def _enqueue(
@@ -305,19 +323,17 @@ class Outbox:
             ),
             (row_id, body, draft.available_at_ms, dedupe),
             self._read_enqueued,
-            context=(draft, row_id, route),
+            context=(draft, row_id),
             size=len(body),
         )
 
     def _read_enqueued(
-        self, item: Any, context: tuple[Draft, str, str], reply: Reply
+        self, item: Any, context: tuple[Draft, str], reply: Reply
     ) -> Enqueued | LeasekitError:
-        draft, row_id, route = context
+        draft, row_id = context
         word = word_of(item)
         if word == "created":
-            self._remember(row_id, route)
-            header = f"{reply.now_ms} ".encode()
-            return Enqueued(_row_of_draft(draft, row_id, header, b"", reply.now_ms), True)
+            return Enqueued(_fresh_row(draft, row_id, reply.now_ms), True)
         if word == "duplicate":
             held_by = item[1].decode()
             return Enqueued(_row_of_draft(draft, held_by, item[2], item[3], reply.now_ms), False)
@@ -366,8 +382,7 @@ class Outbox:
         handed out; those that park become unknown. If the caller is cancelled, rows that were claimed
         for it are released. Source: spec/outbox 1.5.2.
         """
-        codec.check_text(lane, "lane")
-        codec.check_text(target, "target")
+        route = _check_route(lane, target)
         try:
             codec.check_text(consumer, "consumer")
         except InvalidInput as error:
@@ -382,7 +397,6 @@ class Outbox:
         now = scope.now_argument(now_ms)
         if scope.must_register:
             await scope.register()
-        route = route_of(lane, target)
         retention = scope.settings.retention
         claimed: ClaimedRows = await scope.coalescer.submit(
             _CLAIM,
@@ -412,10 +426,7 @@ class Outbox:
     ) -> ClaimedRows:
         lane, target, token, consumer = context
         now = reply.now_ms
-        claimed = ClaimedRows()
-        claimed.now_ms = now
-        claimed.next_due_at_ms = reply.head[1]
-        claimed.more = bool(reply.head[2])
+        claimed = ClaimedRows(now, reply.head[1], bool(reply.head[2]))
         if len(item) == 1:
             return claimed
         fence, lease_end = int(item[1]), item[2]
@@ -450,7 +461,7 @@ class Outbox:
     def _give_back(self, rows: ClaimedRows, now_ms: int | None) -> None:
         """The caller was cancelled after its claim had left: nobody else knows of these rows."""
         for claim in rows:
-            released = self._release_item(claim._route, claim.row.id, claim.token, False, now_ms)
+            released = self._release(claim._route, claim.row.id, claim.token, False, now_ms)
             self._scope.in_background(released)
 
     async def ack(
@@ -463,25 +474,24 @@ class Outbox:
         the row was finished, by whom is not known any more. A late ack is good as long as nobody else
         claimed the row. Source: spec/outbox 1.5.3.
         """
+        codec.check_token(token)
         return await self._ack(await self._route_of(id), id, token, repeat, now_ms)
 
-    async def _ack(
+    def _ack(
         self, route: str, id: str, token: str, repeat: bool, now_ms: int | None
-    ) -> AckOutcome:
-        codec.check_token(token)
+    ) -> asyncio.Future[AckOutcome]:
         retention = self._scope.settings.retention
-        outcome: AckOutcome = await self._finish(
+        return self._finish(
             _ACK,
             route,
             (id, token),
-            AckOutcome,
+            _read_ack,
             repeat,
             now_ms,
             keep_ms=retention.finished_ms,
             keep_count=retention.finished_count,
             keep_bytes=retention.finished_bytes,
         )
-        return outcome
 
     async def nack(
         self,
@@ -501,10 +511,11 @@ class Outbox:
         requeued | dead_lettered (attempts used up, or permanent) | lost_claim | forgotten as in
         `ack`. Source: spec/outbox 1.5.4.
         """
+        codec.check_token(token)
         route = await self._route_of(id)
         return await self._nack(route, id, token, error, retry_at_ms, permanent, repeat, now_ms)
 
-    async def _nack(
+    def _nack(
         self,
         route: str,
         id: str,
@@ -514,23 +525,21 @@ class Outbox:
         permanent: bool,
         repeat: bool,
         now_ms: int | None,
-    ) -> NackOutcome:
-        codec.check_token(token)
+    ) -> asyncio.Future[NackOutcome]:
         retry_at: str | int = ""
         if retry_at_ms is not None:
             retry_at = codec.check_whole(retry_at_ms, "retry_at_ms", 0, codec.INSTANT_MS_MAX)
         retention = self._scope.settings.retention
-        outcome: NackOutcome = await self._finish(
+        return self._finish(
             _NACK,
             route,
             (id, token, retry_at, int(permanent), codec.error_text(error)),
-            NackOutcome,
+            _read_nack,
             repeat,
             now_ms,
             dead_keep_ms=retention.dead_ms,
             dead_keep_count=retention.dead_count,
         )
-        return outcome
 
     async def extend(
         self,
@@ -545,6 +554,7 @@ class Outbox:
 
         extended | lost_claim: the lease has ended or was never this token's; stop the work.
         """
+        codec.check_token(token)
         route = await self._route_of(id)
         outcome, _, _ = await self._extend(route, id, token, lease_ms, repeat, now_ms)
         return outcome
@@ -559,7 +569,6 @@ class Outbox:
         now_ms: int | None,
     ) -> tuple[ExtendOutcome, int, float]:
         """Outcome, lease end on the server's clock, lease end on the local clock."""
-        codec.check_token(token)
         codec.check_whole(lease_ms, "lease_ms", 1, codec.LEASE_MS_MAX)
         # Asking twice does no harm and needs no mark: an end only moves forward.
         del repeat
@@ -587,14 +596,8 @@ class Outbox:
     ) -> ReleaseOutcome:
         """Give a claimed row back untouched: the attempt is not charged, and it may be claimed at
         once. released | lost_claim | forgotten as in `ack`."""
-        return await self._release(await self._route_of(id), id, token, repeat, now_ms)
-
-    async def _release(
-        self, route: str, id: str, token: str, repeat: bool, now_ms: int | None
-    ) -> ReleaseOutcome:
         codec.check_token(token)
-        outcome: ReleaseOutcome = await self._release_item(route, id, token, repeat, now_ms)
-        return outcome
+        return await self._release(await self._route_of(id), id, token, repeat, now_ms)
 
     # --- operating --------------------------------------------------------------------------------
 
@@ -610,7 +613,7 @@ class Outbox:
             _CANCEL,
             await self._route_of(id),
             (id,),
-            CancelOutcome,
+            _read_cancel,
             repeat,
             now_ms,
             keep_ms=retention.finished_ms,
@@ -627,7 +630,7 @@ class Outbox:
         redriven | not_dead (nothing changed) | missing | forgotten.
         """
         outcome: RedriveOutcome = await self._finish(
-            _REDRIVE, await self._route_of(id), (id,), RedriveOutcome, repeat, now_ms
+            _REDRIVE, await self._route_of(id), (id,), _read_redrive, repeat, now_ms
         )
         return outcome
 
@@ -655,7 +658,7 @@ class Outbox:
             _RESOLVE,
             await self._route_of(id),
             (id, verdict, codec.error_text(f"{actor}: {reason}")),
-            ResolveOutcome,
+            _read_resolve,
             repeat,
             now_ms,
             keep_ms=retention.finished_ms,
@@ -835,20 +838,20 @@ class Outbox:
             for name in one.keys
         }
 
-    async def _finish(
+    def _finish(
         self,
         one: Script,
         route: str,
         fields: Sequence[Argument],
-        words: type[_Word],
+        words: Callable[[Any, Any, Reply], _Word],
         repeat: bool,
         now_ms: int | None,
         **arguments: int,
-    ) -> _Word:
+    ) -> asyncio.Future[_Word]:
         """One item of a command that ends something: its outcome is a word."""
         scope = self._scope
         now = scope.now_argument(now_ms)
-        future: asyncio.Future[_Word] = scope.coalescer.submit(
+        return scope.coalescer.submit(
             one,
             scope.tag,
             (route, now, repeat),
@@ -857,11 +860,10 @@ class Outbox:
                 {"now_ms": now, "route": route, "repeated": int(repeat), **arguments},
             ),
             fields,
-            lambda item, context, reply: words(word_of(item)),
+            words,
         )
-        return await future
 
-    def _release_item(
+    def _release(
         self, route: str, id: str, token: str, repeat: bool, now_ms: int | None
     ) -> asyncio.Future[ReleaseOutcome]:
         scope = self._scope
@@ -875,7 +877,7 @@ class Outbox:
                 {"now_ms": now, "route": route, "repeated": int(repeat)},
             ),
             (id, token),
-            lambda item, context, reply: ReleaseOutcome(word_of(item)),
+            _read_release,
         )
 
     def _get(self, id: str, now_ms: int | None) -> asyncio.Future[Row | None]:
@@ -897,8 +899,8 @@ class Outbox:
         )
 
     async def _route_of(self, id: str) -> str:
-        """The route of a row, read once and remembered; "" for a row that is not there, which the
-        commands answer as what it is: missing."""
+        """The route of a row, read once and remembered; a route that no row has for one that is not
+        there, which the commands answer as what it is: missing."""
         codec.check_id(id)
         route = self._routes.get(id)
         if route is not None:
@@ -912,7 +914,7 @@ class Outbox:
             lambda item, context, reply: None if word_of(item) == "missing" else item[1],
         )
         if header is None:
-            return ""
+            return _NOWHERE
         route = _read_document(header)[0][4]
         self._remember(id, route)
         return route
@@ -1003,28 +1005,47 @@ def _read_row(id: bytes, doc: bytes, line: bytes, errors: bytes, now: int) -> Ro
     return _row_of_draft(draft, id.decode(), doc, line, now, errors)
 
 
+def _fresh_row(draft: Draft, id: str, created_at_ms: int) -> Row:
+    """A row that is pending and was never claimed."""
+    return Row(
+        id=id,
+        lane=draft.lane,
+        target=draft.target,
+        payload=draft.payload,
+        status=RowStatus.PENDING,
+        cause="enqueued",
+        attempt_count=0,
+        claim_count=0,
+        max_attempts=draft.max_attempts,
+        on_expiry=draft.on_expiry,
+        created_at_ms=created_at_ms,
+        available_at_ms=draft.available_at_ms or created_at_ms,
+        dedupe_key=draft.dedupe_key,
+        run_id=draft.run_id,
+    )
+
+
 def _row_of_draft(
     draft: Draft, id: str, header: bytes, line: bytes, now: int, errors: bytes = b""
 ) -> Row:
     """A row from its draft, the first word of its header and its state line.
 
-    No header: the row is gone and only its dedupe key remembers it. No state line: it is pending and
-    was never claimed.
+    No header: the row is gone and only its dedupe key remembers it.
     """
-    created_at = int(header.split(b" ", 1)[0]) if header else 0
-    status, cause = (RowStatus.PENDING, "enqueued") if header else (RowStatus.FORGOTTEN, "deleted")
-    attempts = claims = fence = claimed_at = 0
-    at = draft.available_at_ms or created_at
-    consumer = ""
-    if line:
-        words = line.decode().split(" ", 9)
-        status, cause, consumer = RowStatus(words[0]), words[1], words[9]
-        at, attempts, claims, fence, claimed_at = int(words[3]), *map(int, words[5:9])
+    if not header:
+        gone = _fresh_row(draft, id, 0)
+        return msgspec.structs.replace(gone, status=RowStatus.FORGOTTEN, cause="deleted")
+    created_at = int(header.split(b" ", 1)[0])
+    if not line:
+        return _fresh_row(draft, id, created_at)
+    words = line.decode().split(" ", 9)
+    status, cause, consumer = RowStatus(words[0]), words[1], words[9]
+    at, attempts, claims, fence, claimed_at = int(words[3]), *map(int, words[5:9])
     if status is RowStatus.CLAIMED and draft.on_expiry == "park" and at <= now:
         # It is unknown from the end of its lease on; a claim of its route will write it so.
         status, cause = RowStatus.UNKNOWN, "parked"
     held = status is RowStatus.CLAIMED
-    ended = status.is_final or status is RowStatus.UNKNOWN
+    ended = not held and status is not RowStatus.PENDING
     return Row(
         id=id,
         lane=draft.lane,

@@ -8,9 +8,11 @@ clocks mean nothing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from enum import StrEnum
+from typing import Any, TypeVar
 
 import msgspec
 from redis.exceptions import ResponseError
@@ -89,8 +91,8 @@ class Scope:
         due_at_s = self.shared.touch_due_at_s.get(self.tag)
         if due_at_s is None:
             return True
-        if asyncio.get_running_loop().time() >= due_at_s:
-            self.shared.touch_due_at_s[self.tag] = due_at_s + TOUCH_EVERY_S
+        if time.monotonic() >= due_at_s:
+            self.shared.touch_due_at_s[self.tag] = time.monotonic() + TOUCH_EVERY_S
             task = asyncio.get_running_loop().create_task(self._refresh())
             self.shared.background.add(task)
             task.add_done_callback(self.shared.background.discard)
@@ -115,7 +117,7 @@ class Scope:
                 "use another tenant or prefix",
                 field="clock",
             )
-        self.shared.touch_due_at_s[self.tag] = asyncio.get_running_loop().time() + TOUCH_EVERY_S
+        self.shared.touch_due_at_s[self.tag] = time.monotonic() + TOUCH_EVERY_S
 
     async def _refresh(self) -> None:
         try:
@@ -149,6 +151,19 @@ class Scope:
         awaitable.add_done_callback(lambda future: future.cancelled() or future.exception())
 
 
+Word = TypeVar("Word", bound=StrEnum)
+
+
+def reader_of(words: type[Word]) -> Callable[[Any, Any, Reply], Word]:
+    """What turns an item's reply into its word; for commands whose answer is just that."""
+    by_text = {word.value.encode(): word for word in words}
+
+    def read(item: Any, context: object, reply: Reply) -> Word:
+        return by_text[item[0] if type(item) is list else item]
+
+    return read
+
+
 def word_of(item: Any) -> str:
     """The word of an item's reply, which is a word or a list that begins with one."""
     word: bytes = item[0] if isinstance(item, list) else item
@@ -173,6 +188,3 @@ def decode_cursor(cursor: str | None, kinds: Sequence[type]) -> list[Any] | None
     raise InvalidInput(
         "cursor is not one that this list gave: start again without it", field="cursor"
     )
-
-
-__all__ += ["Reply", "word_of"]
