@@ -1,0 +1,293 @@
+"""Call commands by name, as the tests' specification of them does, and see what they left.
+
+`Tenant.run` orders keys and arguments by the command's own header and fills in small defaults, so
+that a test names only what it is about. `invariants` recounts a tenant's whole state; the fixture
+`tenant` does that after every test.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+from servers import Server, dump
+
+from leasekit.keys import Keys, registry_keys, tenant_tag
+from leasekit.scripts import Script, read_scripts
+
+A, B, C, D = "a" * 22, "b" * 22, "c" * 22, "d" * 22
+
+ROUTE = "l:t"
+
+# What a test need not say. A route has room for 100 finished rows and 100 dead letters, for 1 s.
+DEFAULTS: dict[str, str | int] = {
+    "route": ROUTE,
+    "repeated": 0,
+    "window_ms": 1_000,
+    "keep_ms": 1_000,
+    "keep_count": 100,
+    "keep_bytes": 1_000_000,
+    "dead_keep_ms": 1_000,
+    "dead_keep_count": 100,
+    "lease_ms": 10,
+    "limit": 10,
+    "after": "",
+    "after_score": "",
+    "after_id": "",
+    "after_route": "",
+    "statuses": "",
+    "routes": "",
+    "prefix": "",
+    "before_ms": 1_000,
+    "unfinished": 0,
+    "mark": "caller",
+}
+
+Field = str | int
+Item = Sequence[Field]
+State = dict[str, Any]
+
+
+def draft(
+    *, available_at: int = 0, attempts_max: int = 2, on_expiry: str = "reclaim",
+    route: str = ROUTE, payload: str = "{}",
+) -> str:  # fmt: skip
+    """What enqueue stores behind created_at: header words, a newline, the payload."""
+    return f"{available_at} {attempts_max} {on_expiry} {route} ~ ~\n{payload}"
+
+
+def row(id: str, *, dedupe: str = "", available_at: int = 0, **words: Any) -> Item:
+    """An item of enqueue."""
+    return (id, draft(available_at=available_at, **words), available_at, dedupe)
+
+
+class Tenant:
+    """One tenant on one server: its commands, its keys, its whole state."""
+
+    def __init__(self, server: Server, name: str) -> None:
+        self.server = server
+        self.raw = server.raw
+        self.tag = tenant_tag(name, "w")
+        self.keys = Keys("lk", self.tag)
+        self.registry_prefix = name  # a registry of its own, for the tests of tenant/touch
+        self.is_damaged = False
+        self._shebang = server.knows_flags
+
+    def run(self, name: str, *items: Item, members: str = "due", **arguments: Field) -> list[Any]:
+        """The reply, bytes as text. `members` is the list that outbox/list reads."""
+        script = read_scripts()[name]
+        given = {word: arguments.pop(word, DEFAULTS.get(word)) for word in script.arguments}
+        assert not arguments, f"{name} has no {sorted(arguments)}"
+        keys = {word: self.key(script, word, given, members) for word in script.keys}
+        bound = script.bind(keys, given)  # type: ignore[arg-type]  # None: a missing argument
+        fields = [field for item in items for field in item]
+        return self.send(script, bound, fields)
+
+    def send(self, script: Script, bound: Sequence[Field], fields: Sequence[Field]) -> list[Any]:
+        """One call of a script with these very arguments."""
+        parts = [_bytes(part) for part in (*bound, *fields)]
+        sha = script.sha(shebang=self._shebang)
+        try:
+            reply = self.raw.execute_command("EVALSHA", sha, *parts)
+        except redis.exceptions.NoScriptError:
+            self.raw.script_load(script.text(shebang=self._shebang))
+            reply = self.raw.execute_command("EVALSHA", sha, *parts)
+        return _text(reply)
+
+    def refusal(self, name: str, *items: Item, **arguments: Field) -> str:
+        """The error that a call is refused with; the refusal must have written nothing."""
+        before = self.dump()
+        try:
+            reply = self.run(name, *items, **arguments)
+        except redis.ResponseError as error:
+            assert self.dump() == before
+            return str(error)
+        raise AssertionError(f"{name} answered {reply}")
+
+    def key(self, script: Script, word: str, given: dict[str, Any], members: str) -> str:
+        concept = script.name.partition("/")[0]
+        if concept == "tenant":
+            return registry_keys(self.registry_prefix)[word]
+        if word == "fence":
+            return self.keys.fence
+        if word == "members":
+            word = members
+        if (concept, word) == ("outbox", "due"):
+            return self.keys.outbox_due(str(given.get("route", ROUTE)))
+        key: str = getattr(self.keys, f"{concept}_{word}")
+        return key
+
+    # Shorthand for what most tests begin with.
+
+    def enqueue(self, *rows: str | Item, now_ms: int = 0, **arguments: Field) -> list[Any]:
+        items = [row(one) if isinstance(one, str) else one for one in rows]
+        return self.run("outbox/enqueue", *items, now_ms=now_ms, **arguments)
+
+    def claim(
+        self, token: str, *, now_ms: int, limit: int = 10, consumer: str = "a", **arguments: Field
+    ) -> list[Any]:
+        return self.run("outbox/claim", (token, limit, consumer), now_ms=now_ms, **arguments)
+
+    def ids_claimed(self, token: str, **arguments: Any) -> list[str]:
+        """Claim, and give only the ids of the rows, in their order."""
+        return ids_of(self.claim(token, **arguments)[4])
+
+    # Its state.
+
+    def dump(self) -> State:
+        """All that is stored of the tenant, its registry included where it has one."""
+        state = dump(self.raw, "lk", self.tag)
+        return state | dump(self.raw, self.registry_prefix, "tenants")
+
+    def row(self, id: str) -> str:
+        """The state line of a row; "" while it is fresh or missing."""
+        line = self.raw.hget(self.keys.outbox_state, id)
+        return (line or b"").decode("utf-8", "surrogateescape")
+
+    def tally(self) -> dict[str, int]:
+        """Counts and bytes that are not 0."""
+        fields = self.raw.hgetall(self.keys.outbox_tally)
+        counts = {field.decode(): value for field, value in fields.items() if field != b"horizon"}
+        return {field: int(value) for field, value in counts.items() if int(value)}
+
+    def changes(self, before: State) -> State:
+        """What differs from an earlier dump: key -> {member: value now, None where it is gone}."""
+        return differences(before, self.dump())
+
+
+def ids_of(answer: list[Any]) -> list[str]:
+    """The row ids of a claim's answer."""
+    return answer[3::5]
+
+
+def differences(before: State, after: State) -> State:
+    found: State = {}
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key, {}), after.get(key, {})
+        if isinstance(old, str) or isinstance(new, str):
+            if old != new:
+                found[key] = new or None
+            continue
+        members = [member for member in {**old, **new} if old.get(member) != new.get(member)]
+        if members:
+            found[key] = {member: new.get(member) for member in members}
+    return found
+
+
+def _bytes(value: Field) -> bytes:
+    return str(value).encode("utf-8", "surrogateescape")
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_text(part) for part in value]
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
+
+
+# --- what holds after every command ---------------------------------------------------------------
+
+LISTS = {
+    "sent": "outbox:done",
+    "cancelled": "outbox:done",
+    "dead_lettered": "outbox:dead",
+    "unknown": "outbox:unknown",
+}
+
+
+def invariants(state: State) -> None:
+    """Recount a tenant from its documents and state lines: every list, count and sum must agree."""
+    _check_rows(state)
+    _check_pairs(state)
+    fences = [int(line.split()[7]) for line in state.get("outbox:state", {}).values()]
+    fences += [int(line.split()[2]) for line in state.get("lease:docs", {}).values()]
+    assert max(fences, default=0) <= int(state.get("fence", "0"))
+
+
+def _check_rows(state: State) -> None:
+    docs, lines = state.get("outbox:docs", {}), state.get("outbox:state", {})
+    assert lines.keys() <= docs.keys()
+    assert state.get("outbox:errors", {}).keys() <= docs.keys()
+    counted: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    lists: dict[str, dict[str, int]] = {}
+    for id, doc in docs.items():
+        created_at, available_at, _, _, route = doc.split("\n")[0].split(" ")[:5]
+        size = len(_bytes(doc))
+        fresh = f"pending enqueued ~ {int(available_at) or created_at} {size} 0 0 0 0 "
+        status, _, token, at, told_size, attempts, claims, _, _, _ = lines.get(id, fresh).split(
+            " ", 9
+        )
+        assert int(told_size) == size
+        assert int(attempts) <= int(claims)
+        assert token == "~" or len(token) == 22
+        counted[f"{status}:{route}"] += 1
+        place = LISTS.get(status, f"outbox:due:{route}")
+        lists.setdefault(place, {})[id] = int(at)
+        if place in ("outbox:done", "outbox:dead"):
+            sizes[f"{place.removeprefix('outbox:')}_bytes"] += size
+    assert {key: members for key, members in state.items() if _is_list(key)} == lists
+    tally = dict(state.get("outbox:tally", {}))
+    tally.pop("horizon", None)
+    for field, value in tally.items():
+        if field.startswith(("sent:", "cancelled:")):  # ever, not now
+            assert int(value) >= counted.pop(field, 0)
+        else:
+            assert int(value) == counted.pop(field, 0) + sizes.pop(field, 0), field
+    assert not counted
+    assert not +sizes
+
+
+def _is_list(key: str) -> bool:
+    return key in LISTS.values() or key.startswith("outbox:due:")
+
+
+def _check_pairs(state: State) -> None:
+    """What is kept in two structures is kept in both."""
+    claims = state.get("outbox:claims", {})
+    ends = {claim_id: int(record.split(" ")[0]) for claim_id, record in claims.items()}
+    assert ends == state.get("outbox:claims_end", {})
+    assert state.get("outbox:dedupe", {}).keys() == state.get("outbox:dedupe_end", {}).keys()
+    leases = state.get("lease:docs", {})
+    ends = {name: int(line.split(" ")[4]) for name, line in leases.items()}
+    assert ends == state.get("lease:due", {})
+    assert dict.fromkeys(leases, 0) == state.get("lease:names", {})
+    assert state.get("idempotency:docs", {}).keys() == state.get("idempotency:due", {}).keys()
+
+
+# --- transcripts ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One command with its items and what was answered, as PROTOCOL.md and golden.txt write it."""
+
+    name: str
+    arguments: dict[str, Field]
+    items: tuple[Item, ...]
+    reply: Any
+
+    def run(self, tenant: Tenant) -> Any:
+        return tenant.run(self.name, *self.items, **self.arguments)  # type: ignore[arg-type]
+
+    def text(self, reply: Any) -> str:
+        lines = [f"> {self.name} {json.dumps(self.arguments)}"]
+        lines += [f"  {json.dumps(item, ensure_ascii=False)}" for item in self.items]
+        return "\n".join([*lines, f"< {json.dumps(reply, ensure_ascii=False)}"]) + "\n"
+
+
+def exchanges(text: str) -> Iterator[Exchange]:
+    """The exchanges of a text; lines that are none are passed over."""
+    name, arguments, items = "", {}, []
+    for line in text.splitlines():
+        if line.startswith("> ") and "/" in line.split(" ")[1]:
+            _, name, words = line.split(" ", 2)
+            arguments, items = json.loads(words), []
+        elif name and line.startswith("  ["):
+            items.append(json.loads(line))
+        elif name and line.startswith("< "):
+            yield Exchange(name, arguments, tuple(items), json.loads(line[2:]))
+            name = ""
