@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -67,16 +67,18 @@ class Reply:
         return int(self.head[0])
 
 
-Bind = Callable[[], Sequence[Argument]]
+Variant = tuple[Any, ...]
+Bind = Callable[[Script, Variant], Sequence[Argument]]
 Decode = Callable[[Any, Any, Reply], Any]
 Undo = Callable[[Any], None]
-_Key = tuple[str, str, Hashable]
+_Key = tuple[str, str, Variant]
 
 
 class _Call(msgspec.Struct, eq=False, gc=False):
     """One item and who waits for it."""
 
     fields: Sequence[Argument]
+    decode: Decode
     context: Any
     rows: int
     size: int
@@ -87,20 +89,12 @@ class _Call(msgspec.Struct, eq=False, gc=False):
 class _Group:
     """Calls that may share one script call."""
 
-    __slots__ = ("bound", "calls", "decode", "head", "key", "script")
+    __slots__ = ("bound", "calls", "head", "key", "script")
 
-    def __init__(
-        self,
-        key: _Key,
-        script: Script,
-        bound: Sequence[Argument],
-        decode: Decode,
-        head: int,
-    ) -> None:
+    def __init__(self, key: _Key, script: Script, bound: Sequence[Argument], head: int) -> None:
         self.key = key
         self.script = script
         self.bound = bound
-        self.decode = decode
         self.head = head
         self.calls: deque[_Call] = deque()
 
@@ -147,7 +141,7 @@ class Coalescer:
         self,
         script: Script,
         tenant: str,
-        variant: tuple[Hashable, ...],
+        variant: Variant,
         bind: Bind,
         fields: Sequence[Argument],
         decode: Decode,
@@ -160,8 +154,8 @@ class Coalescer:
     ) -> asyncio.Future[Any]:
         """Queue one item; the future gives what `decode(item reply, context, Reply)` returns.
 
-        Items of the same script, tenant and variant share a call; `bind` gives its keys and
-        arguments. `rows` is what the item may take out of a batch, `size` its bytes, `head` how many
+        Items of the same script, tenant and variant share a call; `bind(script, variant)` gives its
+        keys and arguments. `rows` is what the item may take out of a batch, `size` its bytes, `head` how many
         values the script answers before the items. A LeasekitError that `decode` returns is raised
         to the caller. `undo` gets the result if the caller had given up by the time it arrived.
         """
@@ -170,13 +164,13 @@ class Coalescer:
                 "this client is closing or closed: nothing was sent; connect anew", tenant=tenant
             )
         future: asyncio.Future[Any] = self._loop.create_future()
-        call = _Call(fields, context, rows, size, undo, future)
+        call = _Call(fields, decode, context, rows, size, undo, future)
         key = (script.name, tenant, variant)
         if self._waiting or self._is_full:
-            return self._loop.create_task(self._enter_later(key, call, script, bind, decode, head))
+            return self._loop.create_task(self._enter_later(key, call, script, bind, head))
         group = self._groups.get(key)
         if group is None:
-            group = self._open_group(key, script, bind, decode, head)
+            group = self._open_group(key, script, bind, head)
         self._enter(group, call)
         return future
 
@@ -206,7 +200,6 @@ class Coalescer:
         call: _Call,
         script: Script,
         bind: Bind,
-        decode: Decode,
         head: int,
     ) -> Any:
         """Back-pressure: wait in line until the queue has room again."""
@@ -218,15 +211,11 @@ class Coalescer:
             if room.done() and not room.cancelled():
                 self._let_in()
             raise
-        self._enter(
-            self._groups.get(key) or self._open_group(key, script, bind, decode, head), call
-        )
+        self._enter(self._groups.get(key) or self._open_group(key, script, bind, head), call)
         return await call.future
 
-    def _open_group(
-        self, key: _Key, script: Script, bind: Bind, decode: Decode, head: int
-    ) -> _Group:
-        group = self._groups[key] = _Group(key, script, bind(), decode, head)
+    def _open_group(self, key: _Key, script: Script, bind: Bind, head: int) -> _Group:
+        group = self._groups[key] = _Group(key, script, bind(script, key[2]), head)
         self._ready.append(group)
         return group
 
@@ -349,11 +338,10 @@ class Coalescer:
             )
             return
         shared = Reply(reply[: group.head], sent_at_s)
-        decode = group.decode
         for call, item in zip(calls, reply[group.head :], strict=True):
             future = call.future
             try:
-                result = decode(item, call.context, shared)
+                result = call.decode(item, call.context, shared)
             except Exception as error:  # One item that cannot be read fails only its caller.
                 result = ScriptFailed(
                     f"{group.script.name}: an answer could not be read ({type(error).__name__}); "

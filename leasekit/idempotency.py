@@ -11,13 +11,13 @@ Source: spec/reliability 2; lua/PROTOCOL.md, "Idempotency keys".
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from leasekit import codec
-from leasekit.coalesce import Reply
+from leasekit.coalesce import Reply, Variant
 from leasekit.errors import Conflict, InvalidInput, LeasekitError, LeaseLost, OutcomeUnknown
 from leasekit.keys import decode_word, encode_word
 from leasekit.model import (
@@ -39,7 +39,7 @@ from leasekit.scope import (
     reader_of,
     word_of,
 )
-from leasekit.scripts import script
+from leasekit.scripts import Argument, Script, script
 
 __all__ = ["Idempotency", "record_id"]
 
@@ -148,7 +148,7 @@ class Idempotency:
             _RESERVE,
             scope.tag,
             (now,),
-            lambda: _RESERVE.bind(self._keys(), {"now_ms": now}),
+            self._bind,
             (
                 identity,
                 token,
@@ -216,7 +216,7 @@ class Idempotency:
             _COMPLETE,
             scope.tag,
             (now, repeat),
-            lambda: _COMPLETE.bind(self._keys(), {"now_ms": now, "repeated": int(repeat)}),
+            self._bind,
             (identity, token, keep_ms, encoded),
             _read_completed,
             size=len(encoded),
@@ -256,7 +256,7 @@ class Idempotency:
             _RELEASE,
             scope.tag,
             (now, repeat),
-            lambda: _RELEASE.bind(self._keys(), {"now_ms": now, "repeated": int(repeat)}),
+            self._bind,
             (identity, token, mark),
             _read_release,
         )
@@ -274,7 +274,7 @@ class Idempotency:
             _GET,
             scope.tag,
             (now,),
-            lambda: _GET.bind({"docs": scope.keys.idempotency_docs}, {"now_ms": now}),
+            self._bind,
             (identity,),
             lambda item, context, reply: (
                 None if item == b"missing" else self._read_record(identity, item[1], reply.now_ms)
@@ -294,7 +294,6 @@ class Idempotency:
         position = decode_cursor(cursor, (str, str)) or ["", ""]
         reply = await self._scope.read(
             _LIST,
-            self._keys(),
             {
                 "now_ms": self._scope.now_argument(now_ms),
                 "limit": limit,
@@ -319,7 +318,6 @@ class Idempotency:
         while True:
             reply = await self._scope.read(
                 _PURGE,
-                self._keys(),
                 {
                     "now_ms": self._scope.now_argument(now_ms),
                     "limit": PURGE_RECORDS,
@@ -416,9 +414,11 @@ class Idempotency:
             context.org_id, context.workspace_id, context.deployment_id, operation, key
         )
 
-    def _keys(self) -> dict[str, str]:
-        keys = self._scope.keys
-        return {"docs": keys.idempotency_docs, "due": keys.idempotency_due}
+    def _bind(self, one: Script, variant: Variant) -> Sequence[Argument]:
+        """Keys and arguments of a call; a variant is now_ms and repeat, as far as the command has
+        them."""
+        now, repeat = (*variant, False)[:2]
+        return self._scope.bind(one, {"now_ms": now, "repeated": int(repeat)})
 
     def _read_record(self, identity: str, doc: bytes, now: int) -> IdempotencyRecord:
         head, marks, reservation, outcome_json = doc.split(b"\n", 3)

@@ -155,6 +155,15 @@ class Keys:
     outbox_tally: str
     outbox_unknown: str
 
+    def named(self, concept: str, noun: str, route: str) -> str:
+        """The key that a command of a concept calls by this noun."""
+        if noun == "fence":
+            return self.fence
+        if noun == "due" and concept == "outbox":
+            return self.outbox_due(route)
+        key: str = getattr(self, f"{concept}_{noun}")
+        return key
+
     def outbox_due(self, route: str) -> str:
         """The line of one route; a route is `encode_word(lane):encode_word(target)`."""
         return f"{self.tenant}:outbox:due:{route}"

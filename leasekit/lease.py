@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any
 
 from leasekit import codec
-from leasekit.coalesce import Reply, local_clock_s
+from leasekit.coalesce import Reply, Variant, local_clock_s
 from leasekit.errors import Conflict, LeasekitError, LeaseLost
 from leasekit.model import (
     AcquireOutcome,
@@ -33,7 +34,7 @@ from leasekit.scope import (
     reader_of,
     word_of,
 )
-from leasekit.scripts import script
+from leasekit.scripts import Argument, Script, script
 
 __all__ = ["Acquisition", "Lease", "Leases"]
 
@@ -158,20 +159,11 @@ class Leases:
         now = scope.now_argument(now_ms)
         if scope.must_register:
             await scope.register()
-        keys = scope.keys
         acquisition: Acquisition = await scope.coalescer.submit(
             _ACQUIRE,
             scope.tag,
             (now,),
-            lambda: _ACQUIRE.bind(
-                {
-                    "docs": keys.lease_docs,
-                    "due": keys.lease_due,
-                    "names": keys.lease_names,
-                    "fence": keys.fence,
-                },
-                {"now_ms": now},
-            ),
+            self._bind,
             (name, token, ttl_ms, owner),
             _read_acquired,
             context=(name, token, owner),
@@ -212,7 +204,6 @@ class Leases:
         codec.check_whole(ttl_ms, "ttl_ms", 1, codec.LEASE_MS_MAX)
         scope = self._scope
         now = scope.now_argument(now_ms)
-        keys = scope.keys
 
         def read(item: Any, context: None, reply: Reply) -> tuple[int, float] | None:
             if word_of(item) == "lost":
@@ -223,7 +214,7 @@ class Leases:
             _EXTEND,
             scope.tag,
             (now,),
-            lambda: _EXTEND.bind({"docs": keys.lease_docs, "due": keys.lease_due}, {"now_ms": now}),
+            self._bind,
             (name, token, ttl_ms),
             read,
         )
@@ -247,15 +238,11 @@ class Leases:
     ) -> asyncio.Future[LeaseReleaseOutcome]:
         scope = self._scope
         now = scope.now_argument(now_ms)
-        keys = scope.keys
         return scope.coalescer.submit(
             _RELEASE,
             scope.tag,
             (now, repeat),
-            lambda: _RELEASE.bind(
-                {"docs": keys.lease_docs, "due": keys.lease_due, "names": keys.lease_names},
-                {"now_ms": now, "repeated": int(repeat)},
-            ),
+            self._bind,
             (name, token),
             _read_release,
         )
@@ -269,7 +256,7 @@ class Leases:
             _GET,
             scope.tag,
             (now,),
-            lambda: _GET.bind({"docs": scope.keys.lease_docs}, {"now_ms": now}),
+            self._bind,
             (name,),
             lambda item, context, reply: None if item == b"free" else _read_holder(name, item[1:]),
         )
@@ -294,7 +281,6 @@ class Leases:
         scope = self._scope
         reply = await scope.read(
             _LIST,
-            {"docs": scope.keys.lease_docs, "names": scope.keys.lease_names},
             {
                 "now_ms": scope.now_argument(now_ms),
                 "limit": limit,
@@ -304,6 +290,12 @@ class Leases:
         )
         holders = [_read_holder(one[0].decode(), one[1:]) for one in reply[3:]]
         return Page(holders, encode_cursor(reply[2].decode()) if reply[1] else None)
+
+    def _bind(self, one: Script, variant: Variant) -> Sequence[Argument]:
+        """Keys and arguments of a call; a variant is now_ms and repeat, as far as the command has
+        them."""
+        now, repeat = (*variant, False)[:2]
+        return self._scope.bind(one, {"now_ms": now, "repeated": int(repeat)})
 
     def hold(
         self, name: str, *, ttl_ms: int, owner: str, wait_ms: int = 0

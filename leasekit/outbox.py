@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from leasekit import codec
-from leasekit.coalesce import Reply, local_clock_s
+from leasekit.coalesce import Reply, Variant, local_clock_s
 from leasekit.errors import Conflict, InvalidInput, LeasekitError, OutcomeUnknown
 from leasekit.keys import decode_word, encode_word, route_of, route_parts
 from leasekit.model import (
@@ -312,15 +312,7 @@ class Outbox:
             _ENQUEUE,
             scope.tag,
             (route, now, repeat),
-            lambda: _ENQUEUE.bind(
-                self._keys(_ENQUEUE, route),
-                {
-                    "now_ms": now,
-                    "route": route,
-                    "repeated": int(repeat),
-                    "window_ms": scope.settings.retention.dedupe_ms,
-                },
-            ),
+            self._bind,
             (row_id, body, draft.available_at_ms, dedupe),
             self._read_enqueued,
             context=(draft, row_id),
@@ -397,21 +389,11 @@ class Outbox:
         now = scope.now_argument(now_ms)
         if scope.must_register:
             await scope.register()
-        retention = scope.settings.retention
         claimed: ClaimedRows = await scope.coalescer.submit(
             _CLAIM,
             scope.tag,
-            (route, now, lease_ms),
-            lambda: _CLAIM.bind(
-                self._keys(_CLAIM, route),
-                {
-                    "now_ms": now,
-                    "route": route,
-                    "lease_ms": lease_ms,
-                    "dead_keep_ms": retention.dead_ms,
-                    "dead_keep_count": retention.dead_count,
-                },
-            ),
+            (route, now, False, lease_ms),
+            self._bind,
             (token, limit, consumer),
             self._read_claimed,
             context=(lane, target, token, consumer),
@@ -480,7 +462,6 @@ class Outbox:
     def _ack(
         self, route: str, id: str, token: str, repeat: bool, now_ms: int | None
     ) -> asyncio.Future[AckOutcome]:
-        retention = self._scope.settings.retention
         return self._finish(
             _ACK,
             route,
@@ -488,9 +469,6 @@ class Outbox:
             _read_ack,
             repeat,
             now_ms,
-            keep_ms=retention.finished_ms,
-            keep_count=retention.finished_count,
-            keep_bytes=retention.finished_bytes,
         )
 
     async def nack(
@@ -529,7 +507,6 @@ class Outbox:
         retry_at: str | int = ""
         if retry_at_ms is not None:
             retry_at = codec.check_whole(retry_at_ms, "retry_at_ms", 0, codec.INSTANT_MS_MAX)
-        retention = self._scope.settings.retention
         return self._finish(
             _NACK,
             route,
@@ -537,8 +514,6 @@ class Outbox:
             _read_nack,
             repeat,
             now_ms,
-            dead_keep_ms=retention.dead_ms,
-            dead_keep_count=retention.dead_count,
         )
 
     async def extend(
@@ -585,7 +560,7 @@ class Outbox:
             _EXTEND,
             scope.tag,
             (route, now),
-            lambda: _EXTEND.bind(self._keys(_EXTEND, route), {"now_ms": now}),
+            self._bind,
             (id, token, lease_ms),
             read,
         )
@@ -608,7 +583,6 @@ class Outbox:
 
         cancelled | not_pending (claimed, unknown or finished: nothing changed) | missing | forgotten.
         """
-        retention = self._scope.settings.retention
         outcome: CancelOutcome = await self._finish(
             _CANCEL,
             await self._route_of(id),
@@ -616,9 +590,6 @@ class Outbox:
             _read_cancel,
             repeat,
             now_ms,
-            keep_ms=retention.finished_ms,
-            keep_count=retention.finished_count,
-            keep_bytes=retention.finished_bytes,
         )
         return outcome
 
@@ -653,7 +624,6 @@ class Outbox:
             raise InvalidInput("verdict must be 'sent', 'redrive' or 'dead'", field="verdict")
         codec.check_text(actor, "actor")
         codec.check_text(reason, "reason", bytes_max=codec.ERROR_TEXT_MAX)
-        retention = self._scope.settings.retention
         outcome: ResolveOutcome = await self._finish(
             _RESOLVE,
             await self._route_of(id),
@@ -661,11 +631,6 @@ class Outbox:
             _read_resolve,
             repeat,
             now_ms,
-            keep_ms=retention.finished_ms,
-            keep_count=retention.finished_count,
-            keep_bytes=retention.finished_bytes,
-            dead_keep_ms=retention.dead_ms,
-            dead_keep_count=retention.dead_count,
         )
         return outcome
 
@@ -681,17 +646,8 @@ class Outbox:
         `before_ms`, the oldest first; gives how many went."""
         codec.check_whole(before_ms, "before_ms", 0, codec.INSTANT_MS_MAX)
         codec.check_whole(limit, "limit", 1, PURGE_ROWS)
-        keys = self._scope.keys
         reply = await self._scope.read(
             _PURGE,
-            {
-                "docs": keys.outbox_docs,
-                "state": keys.outbox_state,
-                "done": keys.outbox_done,
-                "dead": keys.outbox_dead,
-                "errors": keys.outbox_errors,
-                "tally": keys.outbox_tally,
-            },
             {
                 "now_ms": self._scope.now_argument(now_ms),
                 "noun": "dead" if dead else "done",
@@ -747,12 +703,6 @@ class Outbox:
             reply = await self._scope.read(
                 _LIST,
                 {
-                    "members": key,
-                    "docs": self._scope.keys.outbox_docs,
-                    "state": self._scope.keys.outbox_state,
-                    "errors": self._scope.keys.outbox_errors,
-                },
-                {
                     "now_ms": now,
                     "limit": limit - len(rows),
                     "after_score": score,
@@ -760,6 +710,7 @@ class Outbox:
                     "statuses": f" {wanted} " if wanted else "",
                     "routes": routes,
                 },
+                members=key,
             )
             for i in range(4, len(reply), 4):
                 row = _read_row(reply[i], reply[i + 1], reply[i + 2], reply[i + 3], reply[0])
@@ -785,13 +736,6 @@ class Outbox:
         while True:
             reply = await self._scope.read(
                 _COUNTS,
-                {
-                    "tally": self._scope.keys.outbox_tally,
-                    "lanes": self._scope.keys.outbox_lanes,
-                    "done": self._scope.keys.outbox_done,
-                    "dead": self._scope.keys.outbox_dead,
-                    "unknown": self._scope.keys.outbox_unknown,
-                },
                 {
                     "now_ms": self._scope.now_argument(now_ms),
                     "limit": codec.BATCH_MAX,
@@ -826,17 +770,24 @@ class Outbox:
 
     # --- inside -----------------------------------------------------------------------------------
 
-    def _keys(self, one: Script, route: str) -> dict[str, str]:
-        """The keys that a command names, for rows of a route."""
-        keys = self._scope.keys
-        return {
-            name: keys.outbox_due(route)
-            if name == "due"
-            else keys.fence
-            if name == "fence"
-            else getattr(keys, f"outbox_{name}")
-            for name in one.keys
+    def _bind(self, one: Script, variant: Variant) -> Sequence[Argument]:
+        """Keys and arguments of a call; a variant is route, now_ms, repeat and lease_ms, as far as
+        the command has them."""
+        route, now, repeat, lease_ms = (*variant, False, 0)[:4]
+        retention = self._scope.settings.retention
+        arguments: dict[str, Argument] = {
+            "now_ms": now,
+            "route": route,
+            "repeated": int(repeat),
+            "lease_ms": lease_ms,
+            "window_ms": retention.dedupe_ms,
+            "keep_ms": retention.finished_ms,
+            "keep_count": retention.finished_count,
+            "keep_bytes": retention.finished_bytes,
+            "dead_keep_ms": retention.dead_ms,
+            "dead_keep_count": retention.dead_count,
         }
+        return self._scope.bind(one, arguments, route=route)
 
     def _finish(
         self,
@@ -846,7 +797,6 @@ class Outbox:
         words: Callable[[Any, Any, Reply], _Word],
         repeat: bool,
         now_ms: int | None,
-        **arguments: int,
     ) -> asyncio.Future[_Word]:
         """One item of a command that ends something: its outcome is a word."""
         scope = self._scope
@@ -855,10 +805,7 @@ class Outbox:
             one,
             scope.tag,
             (route, now, repeat),
-            lambda: one.bind(
-                self._keys(one, route),
-                {"now_ms": now, "route": route, "repeated": int(repeat), **arguments},
-            ),
+            self._bind,
             fields,
             words,
         )
@@ -872,10 +819,7 @@ class Outbox:
             _RELEASE,
             scope.tag,
             (route, now, repeat),
-            lambda: _RELEASE.bind(
-                self._keys(_RELEASE, route),
-                {"now_ms": now, "route": route, "repeated": int(repeat)},
-            ),
+            self._bind,
             (id, token),
             _read_release,
         )
@@ -892,8 +836,8 @@ class Outbox:
         return scope.coalescer.submit(
             _GET,
             scope.tag,
-            (now,),
-            lambda: _GET.bind(self._keys(_GET, ""), {"now_ms": now}),
+            ("", now),
+            self._bind,
             (id,),
             read,
         )
@@ -908,8 +852,8 @@ class Outbox:
         header: bytes | None = await self._scope.coalescer.submit(
             _GET,
             self._scope.tag,
-            ("route",),
-            lambda: _GET.bind(self._keys(_GET, ""), {"now_ms": ""}),
+            ("", "" if self._scope.settings.clock == "server" else 0),
+            self._bind,
             (id,),
             lambda item, context, reply: None if word_of(item) == "missing" else item[1],
         )

@@ -102,13 +102,13 @@ class Scope:
         """Enter the tenant into the registry; InvalidInput if its data is on the other clock."""
         mark = self.settings.clock
         keys = registry_keys(self.settings.prefix)
-        noted: str | LeasekitError = await self.coalescer.submit(
+        noted: str = await self.coalescer.submit(
             _TOUCH,
             "",
             (mark,),
-            lambda: _TOUCH.bind(keys, {"now_ms": "", "mark": mark}),
+            lambda script, variant: script.bind(keys, {"now_ms": "", "mark": mark}),
             (self.tag,),
-            lambda item, context, reply: item.decode(),
+            lambda item, context, reply: word_of(item),
         )
         if noted == "other_clock":
             raise InvalidInput(
@@ -126,12 +126,22 @@ class Scope:
             # Only the registry's `seen` is late; the write itself tells its caller of trouble.
             self.shared.touch_due_at_s.pop(self.tag, None)
 
+    def bind(
+        self, one: Script, arguments: Mapping[str, Argument], *, route: str = "", **keys: str
+    ) -> Sequence[Argument]:
+        """Keys and arguments of a call, those that the command names; `keys` beside the tenant's."""
+        concept = one.name.partition("/")[0]
+        return one.bind(
+            {name: keys.get(name) or self.keys.named(concept, name, route) for name in one.keys},
+            {name: arguments[name] for name in one.arguments},
+        )
+
     async def read(
-        self, script: Script, keys: Mapping[str, str], arguments: Mapping[str, Argument]
+        self, script: Script, arguments: Mapping[str, Argument], **keys: str
     ) -> list[Any]:
         """One call beside the coalescer, for long reads and operators' orders."""
         shebang = self.shared.backend.info.shebang
-        bound = script.bind(keys, arguments)
+        bound = self.bind(script, arguments, **keys)
         command = scripts.call_command(script, bound, (), shebang=shebang)
         try:
             reply: list[Any] = await self.shared.backend.command(*command)
