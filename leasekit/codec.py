@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
 import threading
 import time
 from base64 import urlsafe_b64encode
@@ -50,7 +49,8 @@ _encode_sorted = msgspec.json.Encoder(order="sorted").encode
 INTEGER_MIN = -(2**63)
 INTEGER_MAX = 2**64 - 1
 
-_LONG_NUMBER = re.compile(rb"[0-9]{19}")
+_DIGITS_TO_ZERO = bytes(48 if 48 <= byte <= 57 else 32 for byte in range(256))
+_LONG_NUMBER = b"0" * 19
 _BASE32 = "0123456789abcdefghjkmnpqrstvwxyz"
 _PAIRS = [first + second for first in _BASE32 for second in _BASE32]
 _COUNTER_MAX = 2**40 - 1

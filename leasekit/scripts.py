@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -136,7 +136,7 @@ def _read(path: Path, directory: Path, prelude: str) -> Script:
 
     if not re.match(rf"-- {re.escape(name)}: \S.*\.$", lines[0]):
         raise bad(1, f"the first line must be `-- {name}: one sentence.`")
-    if lines[1] != "--":
+    if lines[1:2] != ["--"]:
         raise bad(2, "the second line must be `--`")
     found: dict[str, list[tuple[int, str]]] = {}
     current = ""
@@ -159,20 +159,19 @@ def _read(path: Path, directory: Path, prelude: str) -> Script:
         if wanted not in found:
             raise bad(1, f"the header has no {wanted}")
 
-    def numbered(kind: str) -> list[list[str]]:
-        rows: list[list[str]] = []
+    def numbered(kind: str, form: str, is_good: Callable[[list[str]], bool]) -> tuple[str, ...]:
+        """The names of KEYS or ARGV, in order."""
+        names: list[str] = []
         for number, text in found[kind]:
-            words = text.split()
-            if words[0].isdigit():
-                if int(words[0]) != len(rows) + 1:
-                    raise bad(number, f"{kind} {words[0]} is out of order")
-                rows.append(words[1:])
-        return rows
+            place, *words = text.split()
+            if place.isdigit():
+                if int(place) != len(names) + 1:
+                    raise bad(number, f"{kind} {place} is out of order")
+                if not is_good(words):
+                    raise bad(number, f"{kind} lines are `{form}`")
+                names.append(words[0])
+        return tuple(names)
 
-    keys = numbered("KEYS")
-    for row in keys:
-        if len(row) < 3 or row[1] not in _KEY_TYPES:
-            raise bad(found["KEYS"][0][0], f"KEYS lines are `n name type meaning`: {' '.join(row)}")
     flag = found["FLAGS"][0][1].strip()
     if flag not in _FLAGS:
         raise bad(found["FLAGS"][0][0], f"FLAGS is one of {', '.join(_FLAGS)}")
@@ -181,8 +180,10 @@ def _read(path: Path, directory: Path, prelude: str) -> Script:
     return Script(
         name=name,
         path=path,
-        keys=tuple(row[0] for row in keys),
-        arguments=tuple(row[0] for row in numbered("ARGV")),
+        keys=numbered(
+            "KEYS", "n name type meaning", lambda row: len(row) > 2 and row[1] in _KEY_TYPES
+        ),
+        arguments=numbered("ARGV", "n name meaning", lambda row: len(row) > 1),
         item=tuple(item),
         reply=" ".join(text for _, text in found["REPLY"]),
         errors=() if errors == ("none",) else errors,
@@ -213,6 +214,23 @@ def call_command(
     return ("EVALSHA", one.sha(shebang=shebang), *bound, *items)
 
 
+# Servers before 7 wrap the error of a call within a script; what the call was refused for, and so the
+# first code word in it, is what counts.
+_CODE_INSIDE = re.compile(r"@user_script: ?\d+: -?([A-Z]{3,}) ")
+_ACL_INSIDE = re.compile(r"ACL failure in script|user executing the script can't run")
+# Some servers show what an unknown command was sent with.
+_ARGUMENTS = re.compile(r", with args beginning with: .*", re.DOTALL)
+_REFUSES_WORK = {
+    "LOADING",
+    "MISCONF",
+    "READONLY",
+    "MASTERDOWN",
+    "CLUSTERDOWN",
+    "BUSY",
+    "NOREPLICAS",
+}
+
+
 def _code(error: Exception) -> str:
     words = str(error).split(None, 1)
     return words[0] if words else ""
@@ -220,20 +238,23 @@ def _code(error: Exception) -> str:
 
 def translate(error: Exception, command: str, *, tenant: str | None = None) -> LeasekitError:
     """The leasekit error that a server's error reply to a command stands for."""
-    code, text = _code(error), str(error)
+    text = _ARGUMENTS.sub("", str(error))
+    code = _code(error)
+    if code == "ERR" and (inner := _CODE_INSIDE.search(text)):
+        code = inner[1]
     if code == "LK_CORRUPT":
         return CorruptState(
             f"{command}: stored data is damaged ({text}); nothing was changed; "
             "run `leasekit doctor` before you go on",
             tenant=tenant,
         )
-    if code == "WRONGTYPE" or "WRONGTYPE" in text:
+    if code == "WRONGTYPE":
         return CorruptState(
             f"{command}: a key of this tenant holds something that leasekit did not write; "
             "use a prefix of its own for leasekit, or remove the foreign key",
             tenant=tenant,
         )
-    if code == "OOM" or "OOM command not allowed" in text or "-OOM" in text:
+    if code == "OOM":
         return Overloaded(
             f"{command}: the server's memory is full (maxmemory); nothing was written; ack, nack and "
             "release still work and free memory; raise maxmemory or keep fewer finished rows",
@@ -245,24 +266,22 @@ def translate(error: Exception, command: str, *, tenant: str | None = None) -> L
             "applied; load the scripts as another user, or allow `script|load`",
             tenant=tenant,
         )
-    if code in (
-        "LOADING",
-        "MISCONF",
-        "READONLY",
-        "MASTERDOWN",
-        "CLUSTERDOWN",
-        "BUSY",
-        "NOREPLICAS",
-    ):
+    if code in _REFUSES_WORK:
         return Unavailable(
             f"{command}: the server refuses work now ({text}); nothing was applied; "
             "it is safe to try again later",
             tenant=tenant,
         )
-    if code in ("NOAUTH", "NOPERM", "WRONGPASS") or "NOPERM" in text or "permissions" in text:
+    if code in ("NOAUTH", "NOPERM", "WRONGPASS") or _ACL_INSIDE.search(text):
         return Unavailable(
             f"{command}: the server refuses this user ({code}); nothing was applied; "
             "give it the rights that the README lists",
+            tenant=tenant,
+        )
+    if code == "LK_ARGUMENT":
+        return ScriptFailed(
+            f"{command}: the script refused an argument ({text}); nothing was written; "
+            "this is a bug of leasekit: please report it",
             tenant=tenant,
         )
     return ScriptFailed(
