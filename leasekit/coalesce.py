@@ -103,6 +103,9 @@ class _Group:
         return self.key[1]
 
 
+_Part = tuple[_Group, list[_Call]]
+
+
 class Coalescer:
     """Gathers calls into flights over one wire. One event loop; `start` first, `close` last."""
 
@@ -116,10 +119,12 @@ class Coalescer:
         self._queued_rows = 0
         self._queued_bytes = 0
         self._flush_is_due = False
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: deque[tuple[_Key, _Call, Script, Bind, int]] = deque()
+        self._returned: list[_Part] = []
         self._reconnecting: asyncio.Task[None] | None = None
         self._idle: asyncio.Future[None] | None = None
         self._is_closing = False
+        self._is_undoing = False
         self._is_closed = False
 
     async def start(self) -> None:
@@ -159,7 +164,7 @@ class Coalescer:
         values the script answers before the items. A LeasekitError that `decode` returns is raised
         to the caller. `undo` gets the result if the caller had given up by the time it arrived.
         """
-        if self._is_closing:
+        if self._is_closing and not self._is_undoing:
             raise Unavailable(
                 "this client is closing or closed: nothing was sent; connect anew", tenant=tenant
             )
@@ -167,7 +172,9 @@ class Coalescer:
         call = _Call(fields, decode, context, rows, size, undo, future)
         key = (script.name, tenant, variant)
         if self._waiting or self._is_full:
-            return self._loop.create_task(self._enter_later(key, call, script, bind, head))
+            # Back-pressure: the caller waits in line until the queue has room again.
+            self._waiting.append((key, call, script, bind, head))
+            return future
         group = self._groups.get(key)
         if group is None:
             group = self._open_group(key, script, bind, head)
@@ -180,11 +187,13 @@ class Coalescer:
         try:
             async with asyncio.timeout(self._timeout_s):
                 while self._queued_rows or self._flights or self._waiting:
-                    self._idle = self._loop.create_future()
+                    if self._idle is None or self._idle.done():
+                        self._idle = self._loop.create_future()
                     await self._idle
         except TimeoutError:
-            self._fail_queued("the client was closed")
+            pass
         self._is_closed = True
+        self._fail_queued("the client was closed")
         if self._reconnecting is not None:
             self._reconnecting.cancel()
             await asyncio.wait([self._reconnecting])
@@ -193,26 +202,6 @@ class Coalescer:
     @property
     def _is_full(self) -> bool:
         return self._queued_rows >= QUEUE_ROWS_MAX or self._queued_bytes >= QUEUE_BYTES_MAX
-
-    async def _enter_later(
-        self,
-        key: _Key,
-        call: _Call,
-        script: Script,
-        bind: Bind,
-        head: int,
-    ) -> Any:
-        """Back-pressure: wait in line until the queue has room again."""
-        room: asyncio.Future[None] = self._loop.create_future()
-        self._waiting.append(room)
-        try:
-            await room
-        except asyncio.CancelledError:
-            if room.done() and not room.cancelled():
-                self._let_in()
-            raise
-        self._enter(self._groups.get(key) or self._open_group(key, script, bind, head), call)
-        return await call.future
 
     def _open_group(self, key: _Key, script: Script, bind: Bind, head: int) -> _Group:
         group = self._groups[key] = _Group(key, script, bind(script, key[2]), head)
@@ -228,13 +217,13 @@ class Coalescer:
             self._loop.call_soon(self._flush)
 
     def _let_in(self) -> None:
-        """Wake those who wait for room: as many as there is room for, in the order of arrival."""
-        free = QUEUE_ROWS_MAX - self._queued_rows
-        while self._waiting and free > 0 and self._queued_bytes < QUEUE_BYTES_MAX:
-            room = self._waiting.popleft()
-            if not room.done():
-                room.set_result(None)
-                free -= 1
+        """Queue those who wait for room, in the order of their arrival, while there is room."""
+        while self._waiting and not self._is_full:
+            key, call, script, bind, head = self._waiting.popleft()
+            if not call.future.cancelled():
+                self._enter(
+                    self._groups.get(key) or self._open_group(key, script, bind, head), call
+                )
 
     def _flush_soon(self) -> None:
         if not self._flush_is_due and self._flights < FLIGHTS_MAX:
@@ -254,9 +243,9 @@ class Coalescer:
             self._let_in()
         self._check_idle()
 
-    def _next_flight(self) -> list[tuple[_Group, list[_Call]]]:
+    def _next_flight(self) -> list[_Part]:
         """Take calls off the queue: groups in turn, so that a large one starves no other."""
-        parts: list[tuple[_Group, list[_Call]]] = []
+        parts: list[_Part] = []
         rows = size = 0
         while self._ready and rows < FLIGHT_ROWS and size < FLIGHT_BYTES:
             group = self._ready.popleft()
@@ -275,9 +264,11 @@ class Coalescer:
             if taken:
                 parts.append((group, taken))
             if calls:
-                self._ready.append(group)
-                if not taken or rows >= FLIGHT_ROWS or size >= FLIGHT_BYTES:
+                if not taken:
+                    # It needs more room than is left here: it comes first in the next one.
+                    self._ready.appendleft(group)
                     break
+                self._ready.append(group)
             else:
                 del self._groups[group.key]
         return parts
@@ -286,7 +277,7 @@ class Coalescer:
         self._queued_rows -= call.rows
         self._queued_bytes -= call.size
 
-    def _send(self, parts: list[tuple[_Group, list[_Call]]], *, just_loaded: bool = False) -> None:
+    def _send(self, parts: list[_Part], *, just_loaded: bool = False) -> None:
         commands = [
             scripts.call_command(
                 group.script,
@@ -305,7 +296,7 @@ class Coalescer:
 
     def _landed(
         self,
-        parts: list[tuple[_Group, list[_Call]]],
+        parts: list[_Part],
         sent_at_s: float,
         flight: asyncio.Future[list[Any]],
         *,
@@ -324,8 +315,10 @@ class Coalescer:
             if missing:
                 self._load_and_send(missing)
         else:
-            for group, calls in reversed(parts):
+            for group, calls in parts:
                 self._lost(group, calls, error)
+            if not self._flights:
+                self._put_back()
         # After the callers that were just answered: what they ask next may join this flight.
         if self._ready or self._waiting:
             self._flush_soon()
@@ -337,26 +330,34 @@ class Coalescer:
                 calls, lambda: scripts.translate(reply, group.script.name, tenant=group.tenant)
             )
             return
+        if not isinstance(reply, list) or len(reply) != group.head + len(calls):
+            # Whose answer is whose cannot be told: a caller must not get another one's.
+            self._fail(calls, lambda: _unreadable(group, "of a wrong shape"))
+            return
         shared = Reply(reply[: group.head], sent_at_s)
         for call, item in zip(calls, reply[group.head :], strict=True):
             future = call.future
             try:
                 result = call.decode(item, call.context, shared)
             except Exception as error:  # One item that cannot be read fails only its caller.
-                result = ScriptFailed(
-                    f"{group.script.name}: an answer could not be read ({type(error).__name__}); "
-                    "it was applied; run `leasekit doctor`",
-                    tenant=group.tenant,
-                )
+                result = _unreadable(group, type(error).__name__)
             if future.cancelled():
                 if call.undo is not None and not isinstance(result, LeasekitError):
-                    call.undo(result)
+                    self._undo(call.undo, result)
             elif isinstance(result, LeasekitError):
                 future.set_exception(result)
             else:
                 future.set_result(result)
 
-    def _load_and_send(self, parts: list[tuple[_Group, list[_Call]]]) -> None:
+    def _undo(self, undo: Undo, result: Any) -> None:
+        """Give back what nobody waits for any more, also while closing."""
+        self._is_undoing = True
+        try:
+            undo(result)
+        finally:
+            self._is_undoing = False
+
+    def _load_and_send(self, parts: list[_Part]) -> None:
         """The server lost its scripts (SCRIPT FLUSH, a restart behind a proxy): nothing was run."""
         loads = [scripts.load_command(group.script, shebang=self._shebang) for group, _ in parts]
         self._wire.send(loads)
@@ -366,13 +367,7 @@ class Coalescer:
         """The connection ended: what was not sent, or only reads, goes back to its place in line."""
         unsent = isinstance(error, ConnectionLost) and not error.sent
         if unsent or group.script.reads_only:
-            queued = self._groups.get(group.key)
-            if queued is None:
-                queued = self._groups[group.key] = group
-                self._ready.appendleft(group)
-            queued.calls.extendleft(reversed(calls))
-            self._queued_rows += sum(call.rows for call in calls)
-            self._queued_bytes += sum(call.size for call in calls)
+            self._returned.append((group, calls))
             return
         self._fail(
             calls,
@@ -382,6 +377,20 @@ class Coalescer:
                 tenant=group.tenant,
             ),
         )
+
+    def _put_back(self) -> None:
+        """All flights of a lost connection have landed: the oldest call is the first in line again."""
+        while self._returned:
+            group, calls = self._returned.pop()
+            queued = self._groups.get(group.key)
+            if queued is None:
+                queued = self._groups[group.key] = group
+                self._ready.appendleft(group)
+            queued.calls.extendleft(reversed(calls))
+            self._queued_rows += sum(call.rows for call in calls)
+            self._queued_bytes += sum(call.size for call in calls)
+        if self._is_closed:
+            self._fail_queued("the client was closed")
 
     @staticmethod
     def _fail(calls: Sequence[_Call], make: Callable[[], LeasekitError]) -> None:
@@ -393,12 +402,12 @@ class Coalescer:
         while self._ready:
             group = self._ready.popleft()
             del self._groups[group.key]
-            message = f"{group.script.name}: {why}; nothing was sent; it is safe to try again"
+            message = f"{group.script.name}: {why}; nothing was applied; it is safe to try again"
             for call in group.calls:
                 self._forget(call)
             self._fail(group.calls, partial(Unavailable, message, tenant=group.tenant))
             group.calls.clear()
-        self._let_in()
+            self._let_in()
         self._check_idle()
 
     def _check_idle(self) -> None:
@@ -440,3 +449,11 @@ class Coalescer:
             # A user without the right to load scripts may still find them loaded: calls will tell.
             if isinstance(reply, ResponseError) and "NOPERM" not in str(reply):
                 raise scripts.translate(reply, "script load")
+
+
+def _unreadable(group: _Group, why: str) -> ScriptFailed:
+    return ScriptFailed(
+        f"{group.script.name}: an answer could not be read ({why}); it was applied; "
+        "run `leasekit doctor`",
+        tenant=group.tenant,
+    )
