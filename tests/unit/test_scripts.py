@@ -196,11 +196,24 @@ def test_flags_stand_in_the_first_line_where_the_server_knows_them(
     """Servers before 7 get the same text without that line, and so another digest."""
     found = read(HEADER.replace("FLAGS allow-oom", f"FLAGS {flag}"))
 
-    assert found.text(shebang=False) == found.source == PRELUDE + found.body
+    assert found.text(shebang=False) == found.source
+    assert found.source.endswith(found.body)
     assert found.text(shebang=True) == f"{first_line}\n{found.source}"
     assert found.reads_only == (flag == "no-writes")
     assert found.sha(shebang=True) == hashlib.sha1(found.text(shebang=True).encode()).hexdigest()
     assert found.sha(shebang=True) != found.sha(shebang=False)
+
+
+def test_a_command_carries_only_what_it_uses_of_the_prelude() -> None:
+    """What a command does not use, directly or through another, is blank; lines stay in place."""
+    prelude = (
+        "local LEAST = 1\n\nlocal function a()\n  return LEAST\nend\n\nlocal function b()\nend\n"
+    )
+    body = HEADER.replace("return { 1 }", "return { a() }")
+
+    found = scripts._only_needed(prelude, body)
+
+    assert found == "local LEAST = 1\n\nlocal function a()\n  return LEAST\nend\n\n\n\n"
 
 
 def test_a_call_is_an_evalsha_of_the_right_text(read: Read) -> None:
