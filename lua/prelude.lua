@@ -216,9 +216,10 @@ local function may_be_forgotten(id, horizon)
 end
 
 -- Deletes from the oldest end of a list of finished rows (`rows.done` or `rows.dead`): every row
--- that got there at or before `before`, and what is more than `count_max` rows or `bytes_max`
--- bytes. Looks at no more than `budget` rows; gives back how many went.
-local function forget(rows, noun, before, count_max, bytes_max, budget)
+-- that got there at or before `before`, and what is more than `count_max` rows or `bytes_max` bytes.
+-- Looks at no more than `budget` rows; gives back how many went. It lets a little gather first (a row
+-- in a thousand, a second an hour of `age`, a 64th of the bytes), so that most calls find no work.
+local function forget(rows, noun, before, count_max, bytes_max, budget, age)
   local finished, bytes_field = rows[noun], noun .. "_bytes"
   local oldest = redis.call("ZRANGE", finished, "0", "0", "WITHSCORES")
   if #oldest == 0 then
@@ -226,7 +227,9 @@ local function forget(rows, noun, before, count_max, bytes_max, budget)
   end
   local over = redis.call("ZCARD", finished) - count_max
   local bytes = tonumber(redis.call("HGET", rows.tally, bytes_field) or "0")
-  if tonumber(oldest[2]) > before and over <= 0 and bytes <= bytes_max then
+  local late = tonumber(oldest[2]) <= before - math.floor(age / 3600000) * 1000
+  if not late and over <= math.floor(count_max / 1000)
+    and bytes <= bytes_max + math.floor(bytes_max / 1048576) * 16384 then
     return 0
   end
   budget = math.min(budget, PRUNE_ROWS_MAX)

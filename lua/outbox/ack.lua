@@ -123,6 +123,6 @@ if #finished > 0 then
     changes.done_bytes = bytes
   end
   add(tally, changes)
-  forget(rows, "done", now - age, most, bytes_max, 2 * count + 10)
+  forget(rows, "done", now - age, most, bytes_max, 2 * count + 10, age)
 end
 return reply

@@ -88,6 +88,6 @@ if #moved > 0 then
     changes.done_bytes = bytes
   end
   add(tally, changes)
-  forget(rows, "done", now - age, most, bytes_max, 2 * count + 10)
+  forget(rows, "done", now - age, most, bytes_max, 2 * count + 10, age)
 end
 return reply

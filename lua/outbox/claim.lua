@@ -254,7 +254,7 @@ add(tally, {
 })
 if #buried > 0 then
   local kept = { docs = docs, state = state, errors = errors, tally = tally, dead = dead }
-  forget(kept, "dead", now - dead_age, dead_most, NEVER_MS, 2 * #buried + 10)
+  forget(kept, "dead", now - dead_age, dead_most, NEVER_MS, 2 * #buried + 10, dead_age)
 end
 local next_due = 0
 if not more then

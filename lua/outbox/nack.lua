@@ -127,6 +127,6 @@ if #moved > 0 then
     dead_bytes = dead_bytes,
   })
   local rows = { docs = docs, state = state, errors = errors, tally = tally, dead = dead }
-  forget(rows, "dead", now - dead_age, dead_most, NEVER_MS, 2 * count + 10)
+  forget(rows, "dead", now - dead_age, dead_most, NEVER_MS, 2 * count + 10, dead_age)
 end
 return reply

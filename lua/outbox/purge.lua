@@ -34,6 +34,6 @@ end
 local rows = {
   docs = docs, state = state, errors = errors, tally = tally, done = done, dead = dead,
 }
-local deleted = forget(rows, noun, before, NEVER_MS, NEVER_MS, most)
+local deleted = forget(rows, noun, before, NEVER_MS, NEVER_MS, most, 0)
 local left = redis.call("ZCOUNT", rows[noun], "-inf", integer(before))
 return { now, deleted, left > 0 and 1 or 0 }

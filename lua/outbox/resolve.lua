@@ -145,7 +145,7 @@ if #moved > 0 then
     changes.done_bytes = done_bytes
   end
   add(tally, changes)
-  forget(rows, "done", now - age, most, bytes_max, 2 * count + 10)
-  forget(rows, "dead", now - dead_age, dead_most, NEVER_MS, 2 * count + 10)
+  forget(rows, "done", now - age, most, bytes_max, 2 * count + 10, age)
+  forget(rows, "dead", now - dead_age, dead_most, NEVER_MS, 2 * count + 10, dead_age)
 end
 return reply
