@@ -1,0 +1,385 @@
+"""The commands. Each one: open the server, ask, show; all that can go wrong is `failures`' business."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from cyclopts import App, Group, Parameter
+from rich.table import Table
+
+from leasekit import demo as demo_package
+from leasekit.cli import reading, tables
+from leasekit.cli.failures import EXIT_BROKEN, report
+from leasekit.cli.reading import Document, open_kit, parse_tenant, tenant_named
+from leasekit.client import Leasekit
+from leasekit.demo.loop import loop_factory
+from leasekit.demo.screen import SilentScreen, screen_for
+
+__all__ = ["run"]
+
+LIMIT_DEFAULT = 20
+
+# Paragraphs are one line each: they are wrapped where they are shown.
+HELP = (
+    "Claims, leases and idempotency keys on Redis or Valkey.\n\n"
+    "To see it work: leasekit demo. To look at a server: leasekit counts --url redis://localhost. "
+    "All commands but the demo only read, and hide payloads unless told otherwise."
+)
+EPILOGUE = (
+    "Exit codes: 0 all is well. 1 a promise was broken, or data is damaged. 2 the command or its "
+    "input is wrong. 3 what was asked for is not there. 4 the server cannot be reached. "
+    "130 interrupted."
+)
+
+T = TypeVar("T")
+
+app = App(
+    name="leasekit",
+    help=HELP,
+    help_epilogue=EPILOGUE,
+    help_format="plaintext",
+    help_formatter="plain",
+    version=version("leasekit"),
+    default_parameter=Parameter(negative=()),
+    suppress_keyboard_interrupt=False,
+)
+show_app = App(name="show", help="Show one row, idempotency key or lease with all that is known.")
+app.command(show_app)
+
+
+@Parameter(name="*", group=Group("Server and form"))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Common:
+    """Options of all commands."""
+
+    url: Annotated[str | None, Parameter(env_var="LEASEKIT_URL")] = None
+    "The server: redis://, rediss://, unix:// or embedded://DIRECTORY."
+    prefix: str = "lk"
+    "What all keys begin with."
+    tenant: Annotated[str | None, Parameter(env_var="LEASEKIT_TENANT")] = None
+    "Whose: org/workspace or org/workspace/deployment."
+    json: bool = False
+    "Give one JSON document instead of a table."
+
+
+@Parameter(name="*", group=Group("Page"))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageOptions:
+    """Options of lists."""
+
+    limit: int = LIMIT_DEFAULT
+    "At most so many, from 1 to 1000."
+    cursor: str | None = None
+    "Go on where an earlier page ended."
+
+
+COMMON = Common()
+PAGE = PageOptions()
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; gives the exit code."""
+    try:
+        code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read has read enough; the interpreter must not complain about it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        return report(error)
+    return code if isinstance(code, int) else 0
+
+
+# --- the commands ---------------------------------------------------------------------------------
+
+
+@app.command
+def demo(
+    *,
+    input: str | None = None,
+    rows: int = 5_000,
+    producers: int = 2,
+    dispatchers: int = 4,
+    keep: str | None = None,
+    common: Common = COMMON,
+) -> int:
+    """Do the real job with real processes, kill one and stop one, and check that nothing is lost.
+
+    Without --url it starts a server of its own, which ends with it. Finished rows are kept for an
+    hour, 20 000 rows and 128 MiB at most.
+
+    Parameters
+    ----------
+    input
+        A file of JSON values to enqueue, one a line, taken again and again. Else bodies are made up.
+    rows
+        How many rows to enqueue, at least 20.
+    producers
+        How many processes enqueue.
+    dispatchers
+        How many processes claim, deliver and ack, at least 3.
+    keep
+        A directory for the server's data, which stays, so that you can look at it afterwards.
+    """
+    options = demo_package.Options(
+        url=_demo_url(common, keep),
+        keep=keep,
+        prefix=common.prefix,
+        tenant=parse_tenant(common.tenant) if common.tenant else None,
+        input_path=input,
+        rows=rows,
+        producers=producers,
+        dispatchers=dispatchers,
+    )
+    console = tables.make_console()
+    screen = SilentScreen() if common.json else screen_for(console)
+    result = _run(demo_package.run(options, screen))
+    if common.json:
+        _write_json(msgspec.to_builtins(result))
+    else:
+        console.print(tables.demo_table(result))
+        if keep:
+            console.print(
+                "look at it: "
+                + shlex.join(["leasekit", "rows", "--url", result.url, "--tenant", result.tenant]),
+                markup=False,
+                soft_wrap=True,
+            )
+    for promise in result.broken:
+        sys.stderr.write(f"leasekit: broken: {promise}\n")
+    return EXIT_BROKEN if result.broken else 0
+
+
+def _demo_url(common: Common, keep: str | None) -> str | None:
+    """Only --url sends the demo to a server of the user's: LEASEKIT_URL may name one that works."""
+    given = common.url
+    return None if given == os.environ.get("LEASEKIT_URL") else given
+
+
+@app.command
+def counts(
+    *,
+    lane: str | None = None,
+    target: str | None = None,
+    page: PageOptions = PAGE,
+    common: Common = COMMON,
+) -> None:
+    """Count the rows in each state, by lane; without --tenant, of every tenant.
+
+    Pending, claimed, unknown and dead-lettered are how many there are now; sent and cancelled how
+    many there ever were.
+
+    Parameters
+    ----------
+    lane
+        Only rows of this lane.
+    target
+        Only rows for this target.
+    """
+
+    async def ask(kit: Leasekit) -> Document:
+        if common.tenant is None:
+            if lane is not None or target is not None:
+                await tenant_named(kit, None)
+            return await reading.counts_of_all(kit, limit=page.limit, cursor=page.cursor)
+        tenant = await tenant_named(kit, common.tenant)
+        return await reading.counts_of_one(kit, tenant, lane=lane, target=target)
+
+    _answer(common, ask, tables.counts_table, ["counts"], page)
+
+
+@app.command
+def rows(
+    *,
+    status: str | None = None,
+    lane: str | None = None,
+    target: str | None = None,
+    page: PageOptions = PAGE,
+    common: Common = COMMON,
+) -> None:
+    """List the rows of the outbox: those in line first, then unknown, dead-lettered, finished.
+
+    Parameters
+    ----------
+    status
+        Only rows that are pending, claimed, unknown, dead_lettered, sent or cancelled.
+    lane
+        Only rows of this lane.
+    target
+        Only rows for this target; needs --lane.
+    """
+
+    async def ask(kit: Leasekit) -> Document:
+        tenant = await tenant_named(kit, common.tenant)
+        return await reading.rows(
+            kit,
+            tenant,
+            status=status,
+            lane=lane,
+            target=target,
+            limit=page.limit,
+            cursor=page.cursor,
+        )
+
+    asked = _options(status=status, lane=lane, target=target)
+    _answer(common, ask, tables.rows_table, ["rows", *asked], page)
+
+
+@app.command
+def leases(*, starts_with: str = "", page: PageOptions = PAGE, common: Common = COMMON) -> None:
+    """List the leases that are held now, in the order of their names.
+
+    Parameters
+    ----------
+    starts_with
+        Only names that begin so.
+    """
+
+    async def ask(kit: Leasekit) -> Document:
+        tenant = await tenant_named(kit, common.tenant)
+        return await reading.leases(
+            kit, tenant, starts_with=starts_with, limit=page.limit, cursor=page.cursor
+        )
+
+    asked = _options(starts_with=starts_with or None)
+    _answer(common, ask, tables.leases_table, ["leases", *asked], page)
+
+
+@app.command
+def keys(*, page: PageOptions = PAGE, common: Common = COMMON) -> None:
+    """List the idempotency keys, in the order in which they may be forgotten."""
+
+    async def ask(kit: Leasekit) -> Document:
+        tenant = await tenant_named(kit, common.tenant)
+        return await reading.keys(kit, tenant, limit=page.limit, cursor=page.cursor)
+
+    _answer(common, ask, tables.keys_table, ["keys"], page)
+
+
+@show_app.command(name="row")
+def show_row(id: str, /, *, reveal: bool = False, common: Common = COMMON) -> None:
+    """Show one row of the outbox: its state and why, its attempts, its holder, its errors.
+
+    Parameters
+    ----------
+    id
+        The row's id, as `leasekit rows` lists it.
+    reveal
+        Show the payload too.
+    """
+
+    async def ask(kit: Leasekit) -> Document:
+        tenant = await tenant_named(kit, common.tenant)
+        return await reading.show_row(kit, tenant, id, reveal=reveal)
+
+    _answer(common, ask, tables.one_thing)
+
+
+@show_app.command(name="key")
+def show_key(operation: str, key: str, /, *, reveal: bool = False, common: Common = COMMON) -> None:
+    """Show one idempotency key: who uses it for what, and what its first use led to.
+
+    Parameters
+    ----------
+    operation
+        What the key is used for.
+    key
+        The key.
+    reveal
+        Show the details of the outcome too.
+    """
+
+    async def ask(kit: Leasekit) -> Document:
+        tenant = await tenant_named(kit, common.tenant)
+        return await reading.show_key(kit, tenant, operation, key, reveal=reveal)
+
+    _answer(common, ask, tables.one_thing)
+
+
+@show_app.command(name="lease")
+def show_lease(name: str, /, *, common: Common = COMMON) -> None:
+    """Show who holds a lease, since when and until when.
+
+    Parameters
+    ----------
+    name
+        The lease's name.
+    """
+
+    async def ask(kit: Leasekit) -> Document:
+        tenant = await tenant_named(kit, common.tenant)
+        return await reading.show_lease(kit, tenant, name)
+
+    _answer(common, ask, tables.one_thing)
+
+
+# --- inside ---------------------------------------------------------------------------------------
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        return runner.run(work)
+
+
+def _answer(
+    common: Common,
+    ask: Callable[[Leasekit], Coroutine[Any, Any, Document]],
+    table_of: Callable[[Document], Table],
+    command: Sequence[str] = (),
+    page: PageOptions = PAGE,
+) -> None:
+    """Ask the server and show the answer; `command` is what leads to the next page."""
+
+    async def open_and_ask() -> Document:
+        async with open_kit(common.url, common.prefix) as kit:
+            return await ask(kit)
+
+    document = _run(open_and_ask())
+    if common.json:
+        _write_json(document)
+        return
+    console = tables.make_console()
+    if "items" in document and not document["items"]:
+        console.print("nothing to show")
+    else:
+        console.print(table_of(document))
+    if document.get("next_cursor"):
+        line = _next_command(common, command, page, document["next_cursor"])
+        console.print(f"more: {line}", markup=False, soft_wrap=True)
+
+
+def _next_command(common: Common, command: Sequence[str], page: PageOptions, cursor: str) -> str:
+    """The command that shows the next page, ready to be pasted."""
+    words = ["leasekit", *command]
+    if common.url and common.url != os.environ.get("LEASEKIT_URL"):
+        # What may hold a password is not repeated.
+        words += ["--url", common.url] if "@" not in common.url else []
+    words += _options(
+        prefix=common.prefix if common.prefix != COMMON.prefix else None,
+        tenant=common.tenant,
+        limit=page.limit if page.limit != PAGE.limit else None,
+        cursor=cursor,
+    )
+    hidden = " (and the same --url)" if common.url and "@" in common.url else ""
+    return shlex.join(words) + hidden
+
+
+def _options(**values: object) -> list[str]:
+    words = []
+    for name, value in values.items():
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
+
+
+def _write_json(document: Document) -> None:
+    sys.stdout.write(msgspec.json.encode(document).decode() + "\n")

@@ -1,0 +1,67 @@
+"""What every child process of the demo does: take orders, report, and end when the parent is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from leasekit.demo import messages
+from leasekit.demo.messages import Order, Setup
+from leasekit.errors import LeasekitError, Unavailable
+
+__all__ = ["Role", "live", "say"]
+
+EXIT_TROUBLE = 1
+EXIT_UNAVAILABLE = 4
+
+
+class Role(Protocol):
+    """A producer, dispatcher or destination: `run` until done, `obey` orders meanwhile."""
+
+    def obey(self, order: Order) -> None: ...
+
+    async def run(self) -> None: ...
+
+
+def say(report: msgspec.Struct) -> None:
+    """Report to the parent; waits where it does not read, ends the process where it is gone."""
+    try:
+        sys.stdout.buffer.write(messages.encode(report))
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        os._exit(EXIT_TROUBLE)
+
+
+async def live(role_of: Callable[[Setup], Role]) -> None:
+    """Read the Setup, run the role; end with it, or with the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a ctrl-C is for the parent
+    orders = asyncio.StreamReader(limit=2**20)
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(orders), sys.stdin
+    )
+    role = role_of(messages.decode_setup(await orders.readline()))
+    running = asyncio.ensure_future(role.run())
+    listening = asyncio.ensure_future(_listen(role, orders))
+    try:
+        await asyncio.wait({running, listening}, return_when=asyncio.FIRST_COMPLETED)
+        running.cancel()
+        await running
+    except asyncio.CancelledError:
+        pass
+    except LeasekitError as error:
+        code = EXIT_UNAVAILABLE if isinstance(error, Unavailable) else EXIT_TROUBLE
+        say(messages.Trouble(str(error), code))
+    finally:
+        listening.cancel()
+
+
+async def _listen(role: Role, orders: asyncio.StreamReader) -> None:
+    """Pass orders on; returns when the parent has closed the pipe, or is gone."""
+    while line := await orders.readline():
+        role.obey(messages.decode_order(line))
