@@ -246,8 +246,8 @@ local function forget(rows, noun, before, count_max, bytes_max, budget, age)
     if not wanted or (noun == "dead" and i > 1 and freed > REPLY_BYTES_MAX) then
       break
     end
-    local row = lines[i] and read_state(lines[i])
-    freed = freed + (row and tonumber(row.size) or 0)
+    local size = string.match(lines[i] or "", "^%S+ %S+ %S+ %d+ (%d+) ")
+    freed = freed + (tonumber(size) or 0)
     gone[i] = ids[i]
   end
   local changes = { [bytes_field] = -freed }
@@ -261,7 +261,9 @@ local function forget(rows, noun, before, count_max, bytes_max, budget, age)
       end
     end
   end
-  write("ZREM", finished, gone)
+  if #gone > 0 then
+    redis.call("ZREMRANGEBYRANK", finished, "0", integer(#gone - 1))
+  end
   delete_rows(gone, rows)
   add(rows.tally, changes)
   return #gone
