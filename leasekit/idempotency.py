@@ -144,7 +144,11 @@ class Idempotency:
         if scope.must_register:
             await scope.register()
         identity = self._record_id(*wanted)
-        reservation: Reservation = await scope.coalescer.submit(
+
+        def undo(result: Reservation) -> None:
+            self._give_back(result, identity, now_ms)
+
+        future = scope.coalescer.submit(
             _RESERVE,
             scope.tag,
             (now,),
@@ -160,8 +164,9 @@ class Idempotency:
             ),
             self._read_reserved,
             context=(identity, token),
-            undo=lambda result: self._give_back(result, identity, now_ms),
+            undo=undo,
         )
+        reservation: Reservation = await scope.granted(future, undo)
         return reservation
 
     def _read_reserved(
@@ -212,6 +217,8 @@ class Idempotency:
         now = scope.now_argument(now_ms)
         identity = self._record_id(*self._check_key(operation, key))
         encoded = _encode_outcome(outcome)
+        if scope.must_register:
+            await scope.register()
         completed: CompleteOutcome = await scope.coalescer.submit(
             _COMPLETE,
             scope.tag,
@@ -244,6 +251,9 @@ class Idempotency:
             codec.check_token(token)
         mark = "" if fingerprint is None else encode_word(_trimmed(fingerprint, "fingerprint"))
         identity = self._record_id(*self._check_key(operation, key))
+        self._scope.now_argument(now_ms)
+        if self._scope.must_register:
+            await self._scope.register()
         outcome: WithdrawOutcome = await self._release(identity, token or "", mark, repeat, now_ms)
         return outcome
 
@@ -418,7 +428,7 @@ class Idempotency:
         """Keys and arguments of a call; a variant is now_ms and repeat, as far as the command has
         them."""
         now, repeat = (*variant, False)[:2]
-        return self._scope.bind(one, {"now_ms": now, "repeated": int(repeat)})
+        return self._scope.bind(one, {"now_ms": now, "repeated": int(bool(repeat))})
 
     def _read_record(self, identity: str, doc: bytes, now: int) -> IdempotencyRecord:
         head, marks, reservation, outcome_json = doc.split(b"\n", 3)

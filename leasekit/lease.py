@@ -159,7 +159,11 @@ class Leases:
         now = scope.now_argument(now_ms)
         if scope.must_register:
             await scope.register()
-        acquisition: Acquisition = await scope.coalescer.submit(
+
+        def undo(result: Acquisition) -> None:
+            self._give_back(result, now_ms)
+
+        future = scope.coalescer.submit(
             _ACQUIRE,
             scope.tag,
             (now,),
@@ -167,8 +171,9 @@ class Leases:
             (name, token, ttl_ms, owner),
             _read_acquired,
             context=(name, token, owner),
-            undo=lambda result: self._give_back(result, now_ms),
+            undo=undo,
         )
+        acquisition: Acquisition = await scope.granted(future, undo)
         return acquisition
 
     def _give_back(self, acquisition: Acquisition, now_ms: int | None) -> None:
@@ -204,6 +209,8 @@ class Leases:
         codec.check_whole(ttl_ms, "ttl_ms", 1, codec.LEASE_MS_MAX)
         scope = self._scope
         now = scope.now_argument(now_ms)
+        if scope.must_register:
+            await scope.register()
 
         def read(item: Any, context: None, reply: Reply) -> tuple[int, float] | None:
             if word_of(item) == "lost":
@@ -230,6 +237,9 @@ class Leases:
         """
         codec.check_text(name, "name")
         codec.check_token(token)
+        self._scope.now_argument(now_ms)
+        if self._scope.must_register:
+            await self._scope.register()
         outcome: LeaseReleaseOutcome = await self._release(name, token, repeat, now_ms)
         return outcome
 
@@ -295,7 +305,7 @@ class Leases:
         """Keys and arguments of a call; a variant is now_ms and repeat, as far as the command has
         them."""
         now, repeat = (*variant, False)[:2]
-        return self._scope.bind(one, {"now_ms": now, "repeated": int(repeat)})
+        return self._scope.bind(one, {"now_ms": now, "repeated": int(bool(repeat))})
 
     def hold(
         self, name: str, *, ttl_ms: int, owner: str, wait_ms: int = 0

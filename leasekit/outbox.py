@@ -227,9 +227,11 @@ class Outbox:
             on_expiry=on_expiry,
             run_id=run_id,
         )
+        encoded = self._encode(draft)
+        now = self._scope.now_argument(now_ms)
         if self._scope.must_register:
             await self._scope.register()
-        result: Enqueued = await self._enqueue(draft, repeat, now_ms)
+        result: Enqueued = await self._enqueue(draft, encoded, now, repeat)
         return result
 
     async def enqueue_many(
@@ -248,10 +250,11 @@ class Outbox:
                 limit=codec.BATCH_MAX,
             )
         encoded = [self._encode(draft) for draft in wanted]
+        now = self._scope.now_argument(now_ms)
         if self._scope.must_register:
             await self._scope.register()
         sent = [
-            self._enqueue(draft, repeat, now_ms, parts)
+            self._enqueue(draft, parts, now, repeat)
             for draft, parts in zip(wanted, encoded, strict=True)
         ]
         answers = await asyncio.gather(*sent, return_exceptions=True)
@@ -301,16 +304,14 @@ class Outbox:
     def _enqueue(
         self,
         draft: Draft,
+        encoded: tuple[str, str, bytes, str],
+        now: str | int,
         repeat: bool,
-        now_ms: int | None,
-        encoded: tuple[str, str, bytes, str] | None = None,
     ) -> asyncio.Future[Enqueued]:
-        row_id, route, body, dedupe = encoded or self._encode(draft)
-        scope = self._scope
-        now = scope.now_argument(now_ms)
-        return scope.coalescer.submit(
+        row_id, route, body, dedupe = encoded
+        return self._scope.coalescer.submit(
             _ENQUEUE,
-            scope.tag,
+            self._scope.tag,
             (route, now, repeat),
             self._bind,
             (row_id, body, draft.available_at_ms, dedupe),
@@ -389,7 +390,11 @@ class Outbox:
         now = scope.now_argument(now_ms)
         if scope.must_register:
             await scope.register()
-        claimed: ClaimedRows = await scope.coalescer.submit(
+
+        def undo(rows: ClaimedRows) -> None:
+            self._give_back(rows, now_ms)
+
+        future = scope.coalescer.submit(
             _CLAIM,
             scope.tag,
             (route, now, False, lease_ms),
@@ -399,8 +404,9 @@ class Outbox:
             context=(lane, target, token, consumer),
             rows=max(limit, 1),
             head=_CLAIM_HEAD,
-            undo=lambda rows: self._give_back(rows, now_ms),
+            undo=undo,
         )
+        claimed: ClaimedRows = await scope.granted(future, undo)
         return claimed
 
     def _read_claimed(
@@ -457,7 +463,7 @@ class Outbox:
         claimed the row. Source: spec/outbox 1.5.3.
         """
         codec.check_token(token)
-        return await self._ack(await self._route_of(id), id, token, repeat, now_ms)
+        return await self._ack(await self._route_of(id, now_ms), id, token, repeat, now_ms)
 
     def _ack(
         self, route: str, id: str, token: str, repeat: bool, now_ms: int | None
@@ -490,7 +496,8 @@ class Outbox:
         `ack`. Source: spec/outbox 1.5.4.
         """
         codec.check_token(token)
-        route = await self._route_of(id)
+        _check_retry_at(retry_at_ms)
+        route = await self._route_of(id, now_ms)
         return await self._nack(route, id, token, error, retry_at_ms, permanent, repeat, now_ms)
 
     def _nack(
@@ -504,13 +511,11 @@ class Outbox:
         repeat: bool,
         now_ms: int | None,
     ) -> asyncio.Future[NackOutcome]:
-        retry_at: str | int = ""
-        if retry_at_ms is not None:
-            retry_at = codec.check_whole(retry_at_ms, "retry_at_ms", 0, codec.INSTANT_MS_MAX)
+        retry_at = _check_retry_at(retry_at_ms)
         return self._finish(
             _NACK,
             route,
-            (id, token, retry_at, int(permanent), codec.error_text(error)),
+            (id, token, retry_at, int(bool(permanent)), codec.error_text(error)),
             _read_nack,
             repeat,
             now_ms,
@@ -530,7 +535,8 @@ class Outbox:
         extended | lost_claim: the lease has ended or was never this token's; stop the work.
         """
         codec.check_token(token)
-        route = await self._route_of(id)
+        codec.check_whole(lease_ms, "lease_ms", 1, codec.LEASE_MS_MAX)
+        route = await self._route_of(id, now_ms)
         outcome, _, _ = await self._extend(route, id, token, lease_ms, repeat, now_ms)
         return outcome
 
@@ -572,7 +578,7 @@ class Outbox:
         """Give a claimed row back untouched: the attempt is not charged, and it may be claimed at
         once. released | lost_claim | forgotten as in `ack`."""
         codec.check_token(token)
-        return await self._release(await self._route_of(id), id, token, repeat, now_ms)
+        return await self._release(await self._route_of(id, now_ms), id, token, repeat, now_ms)
 
     # --- operating --------------------------------------------------------------------------------
 
@@ -585,7 +591,7 @@ class Outbox:
         """
         outcome: CancelOutcome = await self._finish(
             _CANCEL,
-            await self._route_of(id),
+            await self._route_of(id, now_ms),
             (id,),
             _read_cancel,
             repeat,
@@ -601,7 +607,7 @@ class Outbox:
         redriven | not_dead (nothing changed) | missing | forgotten.
         """
         outcome: RedriveOutcome = await self._finish(
-            _REDRIVE, await self._route_of(id), (id,), _read_redrive, repeat, now_ms
+            _REDRIVE, await self._route_of(id, now_ms), (id,), _read_redrive, repeat, now_ms
         )
         return outcome
 
@@ -626,7 +632,7 @@ class Outbox:
         codec.check_text(reason, "reason", bytes_max=codec.ERROR_TEXT_MAX)
         outcome: ResolveOutcome = await self._finish(
             _RESOLVE,
-            await self._route_of(id),
+            await self._route_of(id, now_ms),
             (id, verdict, codec.error_text(f"{actor}: {reason}")),
             _read_resolve,
             repeat,
@@ -691,6 +697,10 @@ class Outbox:
         routes = "" if lane is None else route_of(lane, target or "")
         position = decode_cursor(cursor, (str, str, str))
         sections = await self._sections(wanted, routes, target is None, now)
+        if position and position[0] not in [name for name, _ in sections]:
+            raise InvalidInput(
+                "cursor is not one that this list gave: start again without it", field="cursor"
+            )
         at, score, last_id = position or ["", "", ""]
         rows: list[Row] = []
         looked_at_before = position is None
@@ -778,7 +788,7 @@ class Outbox:
         arguments: dict[str, Argument] = {
             "now_ms": now,
             "route": route,
-            "repeated": int(repeat),
+            "repeated": int(bool(repeat)),
             "lease_ms": lease_ms,
             "window_ms": retention.dedupe_ms,
             "keep_ms": retention.finished_ms,
@@ -842,10 +852,13 @@ class Outbox:
             read,
         )
 
-    async def _route_of(self, id: str) -> str:
+    async def _route_of(self, id: str, now_ms: int | None) -> str:
         """The route of a row, read once and remembered; a route that no row has for one that is not
         there, which the commands answer as what it is: missing."""
         codec.check_id(id)
+        self._scope.now_argument(now_ms)
+        if self._scope.must_register:
+            await self._scope.register()
         route = self._routes.get(id)
         if route is not None:
             return route
@@ -893,6 +906,12 @@ class Outbox:
     async def _all_routes(self, now: str | int) -> Sequence[str]:
         counts = await self.counts(now_ms=None if now == "" else int(now))
         return [route_of(one.lane, one.target) for one in counts.lanes]
+
+
+def _check_retry_at(retry_at_ms: int | None) -> str | int:
+    if retry_at_ms is None:
+        return ""
+    return codec.check_whole(retry_at_ms, "retry_at_ms", 0, codec.INSTANT_MS_MAX)
 
 
 def _check_status(status: RowStatus | str) -> RowStatus:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -53,6 +54,10 @@ class Shared:
     coalescer: Coalescer
     touch_due_at_s: dict[str, float] = field(default_factory=dict)
     background: set[asyncio.Task[Any]] = field(default_factory=set)
+
+
+Word = TypeVar("Word", bound=StrEnum)
+Grant = TypeVar("Grant")
 
 
 class Scope:
@@ -156,12 +161,22 @@ class Scope:
                 raise scripts.translate(second, script.name, tenant=self.tag) from None
         return reply
 
+    async def granted(self, future: asyncio.Future[Grant], undo: Callable[[Grant], None]) -> Grant:
+        """Wait for what may be granted; undo it for a caller who is cancelled as the answer arrives.
+
+        Until then the coalescer undoes; between the answer and its caller's next turn nobody would.
+        """
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                with suppress(LeasekitError):  # Closed meanwhile: the lease ends by itself.
+                    undo(future.result())
+            raise
+
     def in_background(self, awaitable: asyncio.Future[Any]) -> None:
         """Let something finish that nobody waits for; its failure is nobody's loss."""
         awaitable.add_done_callback(lambda future: future.cancelled() or future.exception())
-
-
-Word = TypeVar("Word", bound=StrEnum)
 
 
 def reader_of(words: type[Word]) -> Callable[[Any, Any, Reply], Word]:
