@@ -25,7 +25,6 @@ ROUTE = "l:t"
 
 # What a test need not say. A route has room for 100 finished rows and 100 dead letters, for 1 s.
 DEFAULTS: dict[str, str | int] = {
-    "route": ROUTE,
     "repeated": 0,
     "window_ms": 1_000,
     "keep_ms": 1_000,
@@ -77,12 +76,24 @@ class Tenant:
         self.is_damaged = False
         self._shebang = server.knows_flags
 
-    def run(self, name: str, *items: Item, members: str = "due", **arguments: Field) -> list[Any]:
-        """The reply, bytes as text. `members` is the list that outbox/list reads."""
+    def run(
+        self,
+        name: str,
+        *items: Item,
+        route: str = ROUTE,
+        members: str = "due",
+        **arguments: Field,
+    ) -> list[Any]:
+        """The reply, bytes as text.
+
+        `route` also says which line is meant; `members` is the list that outbox/list reads.
+        """
         script = read_scripts()[name]
+        if "route" in script.arguments:
+            arguments["route"] = route
         given = {word: arguments.pop(word, DEFAULTS.get(word)) for word in script.arguments}
         assert not arguments, f"{name} has no {sorted(arguments)}"
-        keys = {word: self.key(script, word, given, members) for word in script.keys}
+        keys = {word: self.key(script, word, route, members) for word in script.keys}
         bound = script.bind(keys, given)  # type: ignore[arg-type]  # None: a missing argument
         fields = [field for item in items for field in item]
         return self.send(script, bound, fields)
@@ -108,7 +119,7 @@ class Tenant:
             return str(error)
         raise AssertionError(f"{name} answered {reply}")
 
-    def key(self, script: Script, word: str, given: dict[str, Any], members: str) -> str:
+    def key(self, script: Script, word: str, route: str = ROUTE, members: str = "due") -> str:
         concept = script.name.partition("/")[0]
         if concept == "tenant":
             return registry_keys(self.registry_prefix)[word]
@@ -117,7 +128,7 @@ class Tenant:
         if word == "members":
             word = members
         if (concept, word) == ("outbox", "due"):
-            return self.keys.outbox_due(str(given.get("route", ROUTE)))
+            return self.keys.outbox_due(route)
         key: str = getattr(self.keys, f"{concept}_{word}")
         return key
 

@@ -1,0 +1,285 @@
+"""Whatever is wrong with an argument, a command refuses it by name and writes nothing.
+
+Each command has here one good call. A test takes it, spoils one argument or one field of its last
+item, and expects either an LK_ARGUMENT that refuses the call, or, where a script only compares a
+field with what is stored, an answer that says that nothing was done.
+"""
+
+from __future__ import annotations
+
+import pytest
+import redis
+from lua.commands import DEFAULTS, A, B, Field, Item, Tenant, draft, row
+
+from leasekit.scripts import read_scripts
+
+NOT_NUMBERS = [
+    *("x", "-1", "+1", "1e3", "1.5", "0x10", " 1", "1 ", "1\0", "1\r\n", "nan", "inf", "1,000"),
+    *("٣", str(2**53), str(2**53 + 1), "10000000000000000", "00000000000000001"),
+]
+NOT_FLAGS = ["", "2", "01", "true", "1\0", " 1", "-0"]
+NOT_ROUTES = ["", "l", "l:", ":t", "l:t:u", "l t", "l:t\n", "l:t\0", "l:{t}", "l:*", "é:t"]
+NOT_WORDS = ["", "x", "RECLAIM", "reclaim ", "park\n", "done\0"]
+NOT_TOKENS = ["", "~", A[:-1], A[1:], A + "a", f"{A} 20", A[:-1] + " ", A[:-1] + "\n", A[:-1] + "\0",
+              A[:-1] + "~", A[:-1] + "é"]  # fmt: skip
+NOT_IDS = ["", " ", "a b", "a\n", "a\0", "a\r", "é", "a:b", "x" * 201]
+
+# What each number may be beside "x" and the like: "" stands for a default in some places.
+BOUNDS = {
+    "now_ms": (0, 4_102_444_800_000),
+    "window_ms": (1, 3_155_760_000_000),
+    "keep_ms": (0, 3_155_760_000_000),
+    "dead_keep_ms": (0, 3_155_760_000_000),
+    "keep_count": (0, 2**53 - 1),
+    "keep_bytes": (0, 2**53 - 1),
+    "dead_keep_count": (0, 2**53 - 1),
+    "lease_ms": (0, 43_200_000),
+    "limit": (1, 1_000),
+    "before_ms": (0, 2**53 - 1),
+    "after_score": (0, 2**53 - 1),
+}
+PURGE_LIMITS = (1, 250)
+TEXTS = {"after", "after_id", "after_route", "prefix", "statuses", "routes"}
+
+GOOD: dict[str, list[Item]] = {
+    "outbox/enqueue": [row("n1"), row("n2", dedupe="d f")],
+    "outbox/claim": [(B, 1, "b"), ("c" * 22, 1, "c")],
+    "outbox/ack": [("m1", A), ("m2", A)],
+    "outbox/nack": [("m1", A, 50, 0, '"x"'), ("m2", A, 50, 0, '"x"')],
+    "outbox/extend": [("m1", A, 2_000), ("m2", A, 2_000)],
+    "outbox/release": [("m1", A), ("m2", A)],
+    "outbox/cancel": [("m5",), ("m6",)],
+    "outbox/redrive": [("m3",), ("m4",)],
+    "outbox/resolve": [("p1", "sent", '"x"'), ("p2", "redrive", '"x"')],
+    "outbox/get": [("m1",), ("m2",)],
+    "outbox/list": [],
+    "outbox/counts": [],
+    "outbox/purge": [],
+    "lease/acquire": [("n2", B, 10, "b"), ("n3", B, 10, "b")],
+    "lease/extend": [("n1", A, 2_000), ("n0", A, 2_000)],
+    "lease/release": [("n1", A), ("n0", A)],
+    "lease/get": [("n1",), ("n0",)],
+    "lease/list": [],
+    "idempotency/reserve": [
+        ("r2", B, "f", 20, 100, "reclaim", "{}"),
+        ("r3", B, "f", 20, 100, "park", "{}"),
+    ],
+    "idempotency/complete": [("r0", A, 1_000, "{}"), ("r1", A, 1_000, "{}")],
+    "idempotency/release": [("r0", A, ""), ("r1", A, "f")],
+    "idempotency/get": [("r0",), ("r1",)],
+    "idempotency/list": [],
+    "idempotency/purge": [],
+    "tenant/touch": [("o.w",), ("o.x",)],
+}
+WORDS_OF_NOTHING = {
+    *("lost_claim", "lost", "missing", "none", "not_pending", "not_dead", "not_unknown"),
+    *("busy", "free"),
+}
+
+
+@pytest.fixture
+def tenant(tenant: Tenant) -> Tenant:
+    """Something for every command: m1, m2 claimed; m3, m4 dead; m5, m6 pending; p1, p2 unknown."""
+    tenant.enqueue("m1", "m2", "m3", "m4", row("p1", on_expiry="park"), row("p2", on_expiry="park"))
+    tenant.claim(A, now_ms=10)
+    tenant.run("outbox/nack", *((id, A, "", 1, '"x"') for id in ("m3", "m4")), now_ms=11)
+    tenant.run("outbox/extend", ("m1", A, 1_000), ("m2", A, 1_000), now_ms=11)
+    tenant.claim(B[:-1] + "x", now_ms=20)
+    tenant.enqueue("m5", "m6")
+    tenant.run("lease/acquire", ("n0", A, 1_000, "a"), ("n1", A, 1_000, "a"), now_ms=10)
+    items = [(id, A, "f", "", "", "reclaim", "{}") for id in ("r0", "r1")]
+    tenant.run("idempotency/reserve", *items, now_ms=10)
+    return tenant
+
+
+def good_arguments(name: str) -> dict[str, Field]:
+    given = {word: DEFAULTS[word] for word in read_scripts()[name].arguments if word in DEFAULTS}
+    return given | {"now_ms": 21} | ({"noun": "done"} if name == "outbox/purge" else {})
+
+
+def bad_values(name: str, word: str) -> list[str]:
+    """What a fixed argument must not be."""
+    if word in TEXTS:
+        return []
+    if word == "route":
+        return NOT_ROUTES
+    if word in ("repeated", "unfinished"):
+        return NOT_FLAGS
+    if word in ("noun", "mark"):
+        return NOT_WORDS
+    least, most = BOUNDS[word]
+    if word == "limit" and name.endswith("/purge"):
+        least, most = PURGE_LIMITS
+    empty = [] if word in ("now_ms", "after_score") else [""]
+    below = [str(least - 1)] if least else []
+    return [*NOT_NUMBERS, *empty, *below, str(most + 1)]
+
+
+ARGUMENTS = [
+    (name, word) for name in GOOD for word in read_scripts()[name].arguments if word not in TEXTS
+]
+
+# Fields of items that a script refuses, by the command's header.
+FIELDS: dict[str, dict[str, list[str]]] = {
+    "outbox/enqueue": {
+        "id": NOT_IDS,
+        "available_at": [*NOT_NUMBERS, ""],
+        "dedupe": ["d", "d ", " f", "d f g", "d\0", "\n", "d  f"],
+    },
+    "outbox/claim": {"claim_id": NOT_TOKENS, "limit": [*NOT_NUMBERS, "", "1001"]},
+    "outbox/nack": {
+        "retry_at": NOT_NUMBERS,
+        "permanent": NOT_FLAGS,
+        "error": ['"x\n"', "\n"],
+    },
+    "outbox/extend": {"lease_ms": [*NOT_NUMBERS, "", "0", "43200001"]},
+    "outbox/resolve": {
+        "verdict": ["", "send", "SENT", "sent ", "sent\0", "pending"],
+        "note": ['"x\n"', "\n"],
+    },
+    "lease/acquire": {"token": NOT_TOKENS, "ttl_ms": [*NOT_NUMBERS, "", "0", "43200001"]},
+    "lease/extend": {"ttl_ms": [*NOT_NUMBERS, "", "0", "43200001"]},
+    "idempotency/reserve": {
+        "token": NOT_TOKENS,
+        "fingerprint": ["", " ", "f g", "f\n", "f\0", "é"],
+        "lease_ms": [*NOT_NUMBERS, "0", "43200001"],
+        "expires_at": [*NOT_NUMBERS, "0"],
+        "on_expiry": ["", "Park", "park ", "park\0", "none"],
+        "reservation": ["{}\n", "\n"],
+    },
+    "idempotency/complete": {"keep_ms": [*NOT_NUMBERS, "", "0", "3155760000001"]},
+}
+REFUSED_FIELDS = [(name, field) for name, fields in FIELDS.items() for field in fields]
+
+# Fields of items that are only compared with what is stored: nothing equals these.
+COMPARED = [
+    (name, field)
+    for name in GOOD
+    for field in read_scripts()[name].item
+    if field in ("id", "token", "name", "record_id")
+    and field not in FIELDS.get(name, {})
+    and name not in ("lease/acquire", "idempotency/reserve")
+]
+NOT_STORED = ["", " ", "m1 m2", "m1\n", "m1\0", "\0", "\r\n", "é\udcff", "x" * 300]
+
+
+def spoilt(name: str, field: str, value: str) -> list[Item]:
+    """The good items with one field of the last one changed."""
+    *others, last = GOOD[name]
+    at = read_scripts()[name].item.index(field)
+    return [*others, (*last[:at], value, *last[at + 1 :])]
+
+
+def refusals(
+    tenant: Tenant, name: str, calls: dict[str, tuple[list[Item], dict[str, Field]]]
+) -> dict[str, str]:
+    """The first word of each call's error, or its whole answer; together they wrote nothing."""
+    before, found = tenant.dump(), {}
+    for value, (items, arguments) in calls.items():
+        try:
+            found[value] = f"{value!r}: {tenant.run(name, *items, **arguments)}"
+        except redis.ResponseError as error:
+            found[value] = str(error).split()[0]
+    assert tenant.dump() == before
+    return found
+
+
+def test_every_command_has_a_good_call() -> None:
+    """No command is left out here."""
+    assert GOOD.keys() == read_scripts().keys()
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_good_call_is_good(tenant: Tenant, name: str) -> None:
+    """The calls that the others spoil do what they say, so that a refusal means something."""
+    before = tenant.dump()
+
+    reply = tenant.run(name, *GOOD[name], **good_arguments(name))
+
+    words = {item if isinstance(item, str) else item[0] for item in reply[-len(GOOD[name]) or 99 :]}
+    assert not words & WORDS_OF_NOTHING
+    assert (tenant.dump() == before) == read_scripts()[name].reads_only or name.endswith("/purge")
+
+
+@pytest.mark.parametrize(("name", "word"), ARGUMENTS)
+def test_bad_argument_is_refused(tenant: Tenant, name: str, word: str) -> None:
+    """A fixed argument that is malformed or out of bounds refuses the whole call."""
+    good = good_arguments(name)
+    calls = {value: (GOOD[name], good | {word: value}) for value in bad_values(name, word)}
+
+    assert calls
+    assert set(refusals(tenant, name, calls).values()) == {"LK_ARGUMENT"}
+
+
+@pytest.mark.parametrize(("name", "field"), REFUSED_FIELDS)
+def test_bad_item_is_refused(tenant: Tenant, name: str, field: str) -> None:
+    """A field that would be stored or counted with refuses the whole call, good items included."""
+    good = good_arguments(name)
+    calls = {value: (spoilt(name, field, value), good) for value in FIELDS[name][field]}
+
+    assert set(refusals(tenant, name, calls).values()) == {"LK_ARGUMENT"}
+
+
+@pytest.mark.parametrize(("name", "field"), COMPARED)
+def test_bad_item_equals_nothing(tenant: Tenant, name: str, field: str) -> None:
+    """A field that is only compared refuses its own item, and writes nothing."""
+    values = NOT_TOKENS if field == "token" else NOT_STORED
+    if name == "idempotency/release" and field == "token":
+        values = values[1:]  # an empty token is not given at all: the fingerprint decides
+    before = tenant.dump()
+
+    items = [spoilt(name, field, value)[-1] for value in values]
+    reply = tenant.run(name, *items, **good_arguments(name))
+
+    words = {item if isinstance(item, str) else item[0] for item in reply[-len(items) :]}
+    assert words <= WORDS_OF_NOTHING
+    assert tenant.dump() == before
+
+
+@pytest.mark.parametrize("name", [name for name in GOOD if read_scripts()[name].item])
+def test_wrong_number_of_items_is_refused(tenant: Tenant, name: str) -> None:
+    """A call has 1 to 1 000 whole items; an item of one field cannot be broken."""
+    first, *_ = GOOD[name]
+    good = good_arguments(name)
+    calls = {"none": ([], good), "1001": ([first] * 1_001, good)}
+    if len(first) > 1:
+        calls["field less"] = ([first, first[:-1]], good)
+        calls["field more"] = ([first, (*first, "x")], good)
+
+    assert set(refusals(tenant, name, calls).values()) == {"LK_ARGUMENT"}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_missing_arguments_are_an_error(tenant: Tenant, name: str) -> None:
+    """A call that is cut off after its keys, or after its first argument, writes nothing."""
+    script = read_scripts()[name]
+    keys = [tenant.key(script, word) for word in script.keys]
+    before = tenant.dump()
+
+    for arguments in ([], ["21"]):
+        if arguments and len(script.arguments) == 1 and not script.item:
+            continue
+        with pytest.raises(redis.ResponseError):
+            tenant.send(script, (len(keys), *keys, *arguments), ())
+    assert tenant.dump() == before
+
+
+@pytest.mark.parametrize("name", ["outbox/enqueue"])
+def test_1000_items_are_good(tenant: Tenant, name: str) -> None:
+    """The largest call passes."""
+    reply = tenant.run(name, *(row(f"x{i}") for i in range(1_000)), now_ms=21)
+
+    assert reply[1:] == ["created"] * 1_000
+
+
+def test_longest_id_is_good(tenant: Tenant) -> None:
+    """An id of 200 bytes passes."""
+    item = ("x" * 200, draft(), 0, "")
+
+    assert tenant.run("outbox/enqueue", item, now_ms=21) == [21, "created"]
+
+
+@pytest.mark.parametrize("now_ms", [0, "0", "007", 4_102_444_800_000])
+def test_any_instant_up_to_2100_is_good(tenant: Tenant, now_ms: str | int) -> None:
+    """The bounds of now_ms themselves pass."""
+    assert tenant.run("outbox/get", ("m1",), now_ms=now_ms)[0] == int(now_ms)
