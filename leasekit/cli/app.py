@@ -13,12 +13,14 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 from cyclopts import App, Group, Parameter
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from leasekit import demo as demo_package
 from leasekit.cli import reading, tables
 from leasekit.cli.failures import EXIT_BROKEN, report
-from leasekit.cli.reading import Document, open_kit, parse_tenant, tenant_named
+from leasekit.cli.reading import Document, open_kit, tenant_named
 from leasekit.client import Leasekit
 from leasekit.demo.loop import loop_factory
 from leasekit.demo.screen import SilentScreen, screen_for
@@ -51,7 +53,7 @@ app = App(
     default_parameter=Parameter(negative=()),
     suppress_keyboard_interrupt=False,
 )
-show_app = App(name="show", help="Show one row, idempotency key or lease with all that is known.")
+show_app = App(name="show", help="Show all that is known of one row, idempotency key or lease.")
 app.command(show_app)
 
 
@@ -110,17 +112,21 @@ def demo(
     producers: int = 2,
     dispatchers: int = 4,
     keep: str | None = None,
-    common: Common = COMMON,
+    url: str | None = None,
+    prefix: str = COMMON.prefix,
+    json: bool = False,
 ) -> int:
-    """Do the real job with real processes, kill one and stop one, and check that nothing is lost.
+    """Do the real job, hurt two processes, prove that nothing is lost.
 
-    Without --url it starts a server of its own, which ends with it. Finished rows are kept for an
-    hour, 20 000 rows and 128 MiB at most.
+    Producers enqueue; dispatchers claim, deliver and ack; a destination keeps
+    its own ledger. Half-way one dispatcher is killed and one is stopped, each
+    after a delivery and before its acks. At the end all accounts are compared.
+    Finished rows are kept for an hour, at most 20 000 rows or 128 MiB of them.
 
     Parameters
     ----------
     input
-        A file of JSON values to enqueue, one a line, taken again and again. Else bodies are made up.
+        A file of JSON values to enqueue, one a line. Else they are made up.
     rows
         How many rows to enqueue, at least 20.
     producers
@@ -128,41 +134,36 @@ def demo(
     dispatchers
         How many processes claim, deliver and ack, at least 3.
     keep
-        A directory for the server's data, which stays, so that you can look at it afterwards.
+        A directory for the data, which stays there to be looked at.
+    url
+        A server to use, always in a new tenant. Else it starts one.
+    prefix
+        What all keys begin with.
+    json
+        Give one JSON document instead of progress and a table.
     """
     options = demo_package.Options(
-        url=_demo_url(common, keep),
+        url=url,
         keep=keep,
-        prefix=common.prefix,
-        tenant=parse_tenant(common.tenant) if common.tenant else None,
+        prefix=prefix,
         input_path=input,
         rows=rows,
         producers=producers,
         dispatchers=dispatchers,
     )
     console = tables.make_console()
-    screen = SilentScreen() if common.json else screen_for(console)
+    screen = SilentScreen() if json else screen_for(console)
     result = _run(demo_package.run(options, screen))
-    if common.json:
+    if json:
         _write_json(msgspec.to_builtins(result))
     else:
         console.print(tables.demo_table(result))
-        if keep:
-            console.print(
-                "look at it: "
-                + shlex.join(["leasekit", "rows", "--url", result.url, "--tenant", result.tenant]),
-                markup=False,
-                soft_wrap=True,
-            )
+    if keep and not json:
+        look = _options(url=result.url, prefix=_unless(prefix, COMMON.prefix), tenant=result.tenant)
+        _say(console, f"look at it: {shlex.join(['leasekit', 'rows', *look])}")
     for promise in result.broken:
         sys.stderr.write(f"leasekit: broken: {promise}\n")
     return EXIT_BROKEN if result.broken else 0
-
-
-def _demo_url(common: Common, keep: str | None) -> str | None:
-    """Only --url sends the demo to a server of the user's: LEASEKIT_URL may name one that works."""
-    given = common.url
-    return None if given == os.environ.get("LEASEKIT_URL") else given
 
 
 @app.command
@@ -173,10 +174,10 @@ def counts(
     page: PageOptions = PAGE,
     common: Common = COMMON,
 ) -> None:
-    """Count the rows in each state, by lane; without --tenant, of every tenant.
+    """Count the rows in each state, by lane or by tenant.
 
-    Pending, claimed, unknown and dead-lettered are how many there are now; sent and cancelled how
-    many there ever were.
+    By lane where a tenant is given. Pending, claimed, unknown, dead_lettered:
+    how many there are now. Sent, cancelled: how many there ever were.
 
     Parameters
     ----------
@@ -206,7 +207,9 @@ def rows(
     page: PageOptions = PAGE,
     common: Common = COMMON,
 ) -> None:
-    """List the rows of the outbox: those in line first, then unknown, dead-lettered, finished.
+    """List the rows of the outbox: those in line first.
+
+    After them the unknown, the dead-lettered and the finished, the oldest first.
 
     Parameters
     ----------
@@ -236,7 +239,7 @@ def rows(
 
 @app.command
 def leases(*, starts_with: str = "", page: PageOptions = PAGE, common: Common = COMMON) -> None:
-    """List the leases that are held now, in the order of their names.
+    """List the leases that are held now, by name.
 
     Parameters
     ----------
@@ -256,7 +259,7 @@ def leases(*, starts_with: str = "", page: PageOptions = PAGE, common: Common = 
 
 @app.command
 def keys(*, page: PageOptions = PAGE, common: Common = COMMON) -> None:
-    """List the idempotency keys, in the order in which they may be forgotten."""
+    """List the idempotency keys, the soonest forgotten first."""
 
     async def ask(kit: Leasekit) -> Document:
         tenant = await tenant_named(kit, common.tenant)
@@ -267,7 +270,7 @@ def keys(*, page: PageOptions = PAGE, common: Common = COMMON) -> None:
 
 @show_app.command(name="row")
 def show_row(id: str, /, *, reveal: bool = False, common: Common = COMMON) -> None:
-    """Show one row of the outbox: its state and why, its attempts, its holder, its errors.
+    """Show one row: its state and why, its attempts and errors.
 
     Parameters
     ----------
@@ -286,7 +289,7 @@ def show_row(id: str, /, *, reveal: bool = False, common: Common = COMMON) -> No
 
 @show_app.command(name="key")
 def show_key(operation: str, key: str, /, *, reveal: bool = False, common: Common = COMMON) -> None:
-    """Show one idempotency key: who uses it for what, and what its first use led to.
+    """Show one idempotency key and what its first use led to.
 
     Parameters
     ----------
@@ -333,7 +336,7 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
 def _answer(
     common: Common,
     ask: Callable[[Leasekit], Coroutine[Any, Any, Document]],
-    table_of: Callable[[Document], Table],
+    show: Callable[[Document], Table | Text],
     command: Sequence[str] = (),
     page: PageOptions = PAGE,
 ) -> None:
@@ -349,12 +352,16 @@ def _answer(
         return
     console = tables.make_console()
     if "items" in document and not document["items"]:
-        console.print("nothing to show")
+        _say(console, "nothing to show")
     else:
-        console.print(table_of(document))
+        shown = show(document)
+        console.print(shown, soft_wrap=isinstance(shown, Text))
     if document.get("next_cursor"):
-        line = _next_command(common, command, page, document["next_cursor"])
-        console.print(f"more: {line}", markup=False, soft_wrap=True)
+        _say(console, f"more: {_next_command(common, command, page, document['next_cursor'])}")
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, soft_wrap=True)
 
 
 def _next_command(common: Common, command: Sequence[str], page: PageOptions, cursor: str) -> str:
@@ -364,13 +371,17 @@ def _next_command(common: Common, command: Sequence[str], page: PageOptions, cur
         # What may hold a password is not repeated.
         words += ["--url", common.url] if "@" not in common.url else []
     words += _options(
-        prefix=common.prefix if common.prefix != COMMON.prefix else None,
+        prefix=_unless(common.prefix, COMMON.prefix),
         tenant=common.tenant,
-        limit=page.limit if page.limit != PAGE.limit else None,
+        limit=_unless(page.limit, PAGE.limit),
         cursor=cursor,
     )
     hidden = " (and the same --url)" if common.url and "@" in common.url else ""
     return shlex.join(words) + hidden
+
+
+def _unless(value: T, default: T) -> T | None:
+    return None if value == default else value
 
 
 def _options(**values: object) -> list[str]:

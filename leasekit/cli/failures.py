@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 
@@ -33,6 +34,8 @@ def report(error: BaseException) -> int:
     message, code = _explain(error)
     # The line may quote a name that somebody else chose: let no control character through.
     line = "".join(one if one.isprintable() else " " for one in message)
+    # A URL in the wrong place is quoted by who parses the command: without its password.
+    line = re.sub(r"://\S*@", "://***@", line)
     sys.stderr.write(f"leasekit: {' '.join(line.split())}\n")
     return code
 

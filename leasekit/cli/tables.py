@@ -151,32 +151,35 @@ def keys_table(document: Document) -> Table:
     )
 
 
-def one_thing(document: Document) -> Table:
+def one_thing(document: Document) -> Text:
     """Every field on a line of its own; the errors of a row's attempts one after the other."""
     now_ms = document["now_ms"]
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    lines = []
     for name, value in document.items():
         if name == "errors":
             for error in value:
                 story = f"{error['kind']}, attempt {error['attempt']}: {error['text']}"
-                table.add_row("error", Text(f"{when(error['at_ms'], now_ms)}  {clean(story)}"))
+                lines.append(_line("error", f"{when(error['at_ms'], now_ms)}  {clean(story)}"))
         elif name not in ("now_ms", "last_error"):
-            table.add_row(
-                name.removesuffix("_at_ms").replace("_", " "), _field(name, value, now_ms)
-            )
-    return table
+            title = name.removesuffix("_at_ms").replace("_bytes", "_size").replace("_", " ")
+            lines.append(_line(title, _field(name, value, now_ms)))
+    return Text("\n").join(lines)
 
 
-def _field(name: str, value: Any, now_ms: int) -> Text:
+def _line(title: str, text: str) -> Text:
+    return Text.assemble((f"{title:<20}", "bold"), text)
+
+
+def _field(name: str, value: Any, now_ms: int) -> str:
     if name.endswith("_at_ms"):
-        return Text(when(value, now_ms))
+        return when(value, now_ms)
     if name.endswith("_bytes"):
-        return Text(size_text(value))
+        return size_text(value)
     if isinstance(value, dict | list):
-        return Text(clean(msgspec.json.encode(value).decode()))
-    return Text("-" if value is None else clean(value))
+        return clean(msgspec.json.encode(value).decode())
+    if value is None:
+        return "without end" if name == "max_attempts" else "-"
+    return clean(value)
 
 
 def _attempts(row: Document) -> str:

@@ -157,8 +157,10 @@ class Crew:
                 raise Stalled(f"nothing moved for {STALL_S:.0f} s while waiting for {what}")
 
     async def dismiss(self, *members: Member) -> None:
-        """Tell members to end, and wait until they have."""
+        """Tell members to end, and wait until they have; stopped ones cannot listen, and are killed."""
         for member in members:
+            if member.state == "stopped":
+                member.kill()
             member.tell(Finish())
         await self.until(
             lambda: all(member.is_over for member in members),

@@ -49,7 +49,7 @@ class Dispatcher:
         setup = self._setup
         destination = await Connection.reach(setup.destination, setup.name)
         async with connect(setup.url, prefix=setup.prefix, retention=RETENTION) as kit:
-            outbox = kit.tenant(setup.org, setup.workspace, setup.deployment).outbox
+            outbox = kit.tenant(setup.org, setup.workspace).outbox
             say(messages.Ready())
             idle_ms = IDLE_FIRST_MS
             while not self._must_finish:

@@ -60,7 +60,6 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     prefix: str = "lk"
     org: str = ""
     workspace: str = ""
-    deployment: str | None = None
     input_path: str | None = None
     rows: int = 0
     batch: int = 1

@@ -55,7 +55,7 @@ class Producer:
 
     async def _enqueue(self, kit: Leasekit, payloads: list[Any]) -> None:
         setup = self._setup
-        outbox = kit.tenant(setup.org, setup.workspace, setup.deployment).outbox
+        outbox = kit.tenant(setup.org, setup.workspace).outbox
         drafts = [
             Draft(lane=LANE, target=TARGET, payload=payload, max_attempts=None)
             for payload in payloads

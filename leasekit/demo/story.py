@@ -27,6 +27,8 @@ from leasekit.outbox import Outbox
 
 __all__ = ["DemoFailed", "Options", "run"]
 
+# A new tenant for each run: the demo must not deliver rows that are somebody's.
+TENANT_ORG = "demo"
 ROWS_LEAST, ROWS_MOST = 20, 10_000_000
 # One is killed and one stopped: a third has to go on.
 DISPATCHERS_LEAST, PROCESSES_MOST = 3, 64
@@ -50,7 +52,6 @@ class Options:
     url: str | None = None
     keep: str | None = None
     prefix: str = "lk"
-    tenant: tuple[str, str, str | None] | None = None
     input_path: str | None = None
     rows: int = 5_000
     producers: int = 2
@@ -137,7 +138,7 @@ class Demo:
         self._kit = kit
         self._backend = backend
         self._url = url
-        self._tenant = options.tenant or ("demo", new_id(), None)
+        self._tenant = (TENANT_ORG, new_id())
         self._book = Book()
         self._crew = Crew(
             self._note, lambda: (self._book.enqueued, self._book.applied, self._book.acked)
@@ -272,7 +273,7 @@ class Demo:
                 held_rows_kept=self._held_rows_kept,
                 seconds=self._ended_at_s - self._started_at_s,
                 server=self._server_name(),
-                tenant="/".join(quote(part, safe="") for part in self._tenant if part),
+                tenant="/".join(self._tenant),
                 url=self._url if self._options.url is None else self._kit.server.url,
                 server_cpu_seconds=cpu_after_s - self._cpu_before_s,
                 server_memory_peak_bytes=memory_bytes,
@@ -303,7 +304,7 @@ class Demo:
 
     def _start_all(self, role: str, count: int) -> list[Member]:
         options = self._options
-        org, workspace, deployment = self._tenant
+        org, workspace = self._tenant
         batch = max(1, min(options.rows // BATCHES, BATCH_ROWS_MOST))
         return [
             self._crew.start(
@@ -316,7 +317,6 @@ class Demo:
                     prefix=options.prefix,
                     org=org,
                     workspace=workspace,
-                    deployment=deployment,
                     input_path=options.input_path,
                     rows=options.rows,
                     batch=batch,
