@@ -332,10 +332,12 @@ class _Hold(AbstractAsyncContextManager[Lease]):
         self._renewing: asyncio.Task[None] | None = None
         self._body: asyncio.Task[Any] | None = None
         self._cancelled_body = False
+        self._cancels_before = 0
 
     async def __aenter__(self) -> Lease:
         self._lease = await self._wait_for_lease()
         self._body = asyncio.current_task()
+        self._cancels_before = self._body.cancelling() if self._body else 0
         self._renewing = asyncio.create_task(self._renew(self._lease))
         return self._lease
 
@@ -349,23 +351,29 @@ class _Hold(AbstractAsyncContextManager[Lease]):
         if lease is None or renewing is None or body is None:
             raise RuntimeError("left without having been entered")
         renewing.cancel()
-        await asyncio.wait([renewing])
         if lease.lost.is_set():
-            if self._cancelled_body and body.uncancel() > 0:
+            if self._cancelled_body and body.uncancel() > self._cancels_before:
                 # Someone else cancelled the body as well: that is not ours to swallow.
                 return
             if error is None or isinstance(error, asyncio.CancelledError):
                 raise self._lost() from error
             return
-        outcome = await self._leases.release(lease.name, lease.token)
-        if outcome is not LeaseReleaseOutcome.RELEASED:
+        try:
+            # Shielded: whoever cancels the way out must not keep the name from others.
+            outcome = await asyncio.shield(
+                self._leases._release(lease.name, lease.token, False, None)
+            )
+            is_lost = outcome is not LeaseReleaseOutcome.RELEASED
+        except LeasekitError:
+            # It ends by itself; it protected the body if it has not ended yet.
+            is_lost = lease.remaining_ms() <= 0
+        if is_lost:
             lease.lost.set()
             if error is None:
                 raise self._lost()
 
     async def _wait_for_lease(self) -> Lease:
-        """Ask, and while the name is busy ask again in growing steps, but not before its lease can
-        have ended, nor later than just after."""
+        """Ask, and while the name is busy ask again, in growing steps of random length."""
         give_up_at_s = local_clock_s() + self._wait_ms / 1_000
         step_ms = float(WAIT_FIRST_MS)
         while True:
