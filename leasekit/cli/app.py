@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from leasekit import demo as demo_package
 from leasekit.cli import reading, tables
 from leasekit.cli.failures import EXIT_BROKEN, report
 from leasekit.cli.reading import Document, open_kit, tenant_named
 from leasekit.client import Leasekit
+from leasekit.demo import story
 from leasekit.demo.loop import loop_factory
 from leasekit.demo.screen import SilentScreen, screen_for
 
@@ -142,7 +142,7 @@ def demo(
     json
         Give one JSON document instead of progress and a table.
     """
-    options = demo_package.Options(
+    options = story.Options(
         url=url,
         keep=keep,
         prefix=prefix,
@@ -153,7 +153,7 @@ def demo(
     )
     console = tables.make_console()
     screen = SilentScreen() if json else screen_for(console)
-    result = _run(demo_package.run(options, screen))
+    result = _run(story.run(options, screen))
     if json:
         _write_json(msgspec.to_builtins(result))
     else:

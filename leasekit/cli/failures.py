@@ -9,7 +9,7 @@ import traceback
 
 from cyclopts import CycloptsError
 
-from leasekit.demo import DemoFailed
+from leasekit.demo.crew import DemoFailed
 from leasekit.errors import InvalidInput, LeasekitError, Overloaded, Unavailable
 
 __all__ = ["NotThere", "report"]

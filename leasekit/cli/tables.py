@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from leasekit.cli.reading import Document
-from leasekit.demo import Report
+from leasekit.demo.judge import Report
 
 __all__ = [
     "clean",

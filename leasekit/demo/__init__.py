@@ -20,9 +20,6 @@ went. Each is a process group of its own in the parent's session, so that ctrl-C
 alone, and so that the kernel wakes a stopped child whose parent dies (POSIX: an orphaned group with a
 stopped member gets SIGHUP and SIGCONT). Every wait ends: where nothing moves for STALL_S, the demo
 says what it was waiting for.
+
+This file imports nothing: every child reads it, and none of them needs what draws on a screen.
 """
-
-from leasekit.demo.judge import Report
-from leasekit.demo.story import DemoFailed, Options, run
-
-__all__ = ["DemoFailed", "Options", "Report", "run"]

@@ -16,7 +16,7 @@ from leasekit.codec import new_id
 from leasekit.connect import Backend, open_backend
 from leasekit.demo import messages
 from leasekit.demo.book import Book
-from leasekit.demo.crew import Crew, DemoFailed, Member, Stalled
+from leasekit.demo.crew import Crew, Member, Stalled
 from leasekit.demo.judge import Outside, Report, judge
 from leasekit.demo.messages import RETENTION, Allow, Go, Hold, Pause, Setup
 from leasekit.demo.producer import bodies
@@ -25,7 +25,7 @@ from leasekit.errors import InvalidInput
 from leasekit.model import RowStatus
 from leasekit.outbox import Outbox
 
-__all__ = ["DemoFailed", "Options", "run"]
+__all__ = ["Options", "run"]
 
 # A new tenant for each run: the demo must not deliver rows that are somebody's.
 TENANT_ORG = "demo"
