@@ -208,6 +208,13 @@ def check_whole(value: object, field: str, least: int, most: int) -> int:
     return value
 
 
+def refuse_bytes(value: object, field: str) -> None:
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        raise InvalidInput(
+            f"{field} must be a JSON value, not bytes: decode it, or send base64 text", field=field
+        )
+
+
 def canonical_json(value: object, field: str, *, bytes_max: int) -> bytes:
     """Canonical JSON of a value; InvalidInput for what JSON cannot carry or is too large.
 
@@ -215,10 +222,7 @@ def canonical_json(value: object, field: str, *, bytes_max: int) -> bytes:
     surrogates, more than DEPTH_MAX levels, keys that are no text, and bytes as the whole value are
     refused. Inside of a value, what has a usual form in JSON (dates, UUIDs; bytes as base64) gets it.
     """
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        raise InvalidInput(
-            f"{field} must be a JSON value, not bytes: decode it, or send base64 text", field=field
-        )
+    refuse_bytes(value, field)
     try:
         encoded = _encode_sorted(value)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:

@@ -484,4 +484,5 @@ def _encode_outcome(outcome: Outcome | Any) -> bytes:
             raise InvalidInput(f"outcome is not one: {error}", field="outcome") from None
     elif not isinstance(outcome, Outcome):
         outcome = Outcome(outcome_kind=OUTCOME_KIND_DEFAULT, details=outcome)
+    codec.refuse_bytes(outcome.details, "outcome")
     return codec.canonical_json(outcome, "outcome", bytes_max=codec.DOCUMENT_BYTES_MAX)
