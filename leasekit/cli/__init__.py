@@ -4,7 +4,8 @@
     tables    answers for people                           failures  errors as one line and an exit code
 
 Exit codes: 0 all is well; 1 a promise was broken, or data is damaged; 2 the command or its input is
-wrong; 3 what was asked for is not there; 4 the server cannot be reached or refuses; 130 interrupted.
+wrong; 3 what was asked for is not there; 4 the server cannot be reached or refuses; 130 interrupted;
+141 whoever read the output went away.
 With --json there is one JSON document on standard output and nothing else; errors are one line on
 standard error. No payload is shown without --reveal, no token and no password ever.
 """

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from leasekit.cli import reading, tables
-from leasekit.cli.failures import EXIT_BROKEN, report
+from leasekit.cli.failures import EXIT_BROKEN, EXIT_NO_READER, report
 from leasekit.cli.reading import Document, open_kit, tenant_named
 from leasekit.client import Leasekit
 from leasekit.demo import story
@@ -95,7 +95,7 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         # Whoever read has read enough; the interpreter must not complain about it at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return EXIT_NO_READER
     except (Exception, KeyboardInterrupt) as error:
         return report(error)
     return code if isinstance(code, int) else 0

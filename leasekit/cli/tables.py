@@ -34,9 +34,15 @@ ERROR_CHARACTERS_SHOWN = 60
 STATES = ("pending", "claimed", "unknown", "dead_lettered", "sent", "cancelled")
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        # Not SystemExit(1), which means something else here.
+        raise BrokenPipeError
+
+
 def make_console() -> Console:
     """Standard output; where it is no terminal, lines are never broken."""
-    console = Console(highlight=False)
+    console = _Console(highlight=False)
     if not console.is_terminal:
         console.width = PIPE_COLUMNS
     return console

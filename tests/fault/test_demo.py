@@ -101,7 +101,10 @@ class Demo:
 
     def clean_up(self) -> None:
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
         for line in self.marked():
             os.kill(int(line.split()[0]), signal.SIGKILL)
         shutil.rmtree(self.home, ignore_errors=True)
@@ -249,6 +252,16 @@ def test_a_killed_parent_leaves_nothing(demo: Callable[..., Demo], moment: str) 
     run = demo(rows=2_000)
     run.wait_for_line(moment)
     run.process.kill()
+    run.check_all_gone()
+
+
+def test_without_a_reader_it_stops_everything(demo: Callable[..., Demo]) -> None:
+    """Where nobody reads its output any more it ends with 141, and nothing is left."""
+    run = demo(rows=2_000)
+    run.wait_for_line("started ")
+    assert run.process.stdout is not None
+    run.process.stdout.close()
+    assert run.process.wait(END_SECONDS_MAX) == 141
     run.check_all_gone()
 
 
