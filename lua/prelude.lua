@@ -153,19 +153,6 @@ local function state_line(row, status, cause, at)
     .. " " .. row.claimed_at .. " " .. row.consumer
 end
 
--- The state of a row that was never touched; nil for a document that cannot be read.
-local function fresh_state(doc)
-  local created_at, available_at = string.match(doc, "^(%d+) (%d+) ")
-  if not available_at then
-    return nil
-  end
-  local at = tonumber(available_at)
-  return {
-    status = "pending", cause = "enqueued", token = "~", at = at > 0 and at or tonumber(created_at),
-    size = #doc, attempts = 0, claims = "0", fence = "0", claimed_at = "0", consumer = "",
-  }
-end
-
 -- The words of a document's header line that scripts act on; nil where it cannot be read.
 local function read_header(doc)
   local attempts_max, on_expiry, route = string.match(doc, "^%d+ %d+ (%d+) (%S+) (%S+) ")
@@ -216,9 +203,10 @@ local function may_be_forgotten(id, horizon)
 end
 
 -- Deletes from the oldest end of a list of finished rows (`rows.done` or `rows.dead`): every row
--- that got there at or before `before`, and what is more than `count_max` rows or `bytes_max` bytes.
--- Looks at no more than `budget` rows; gives back how many went. It lets a little gather first (a row
--- in a thousand, a second an hour of `age`, a 64th of the bytes), so that most calls find no work.
+-- that got there at or before `before`, and what is more than `count_max` rows or `bytes_max`
+-- bytes. Looks at no more than `budget` rows; gives back how many went. It lets a little gather
+-- first (a row in a thousand, a second an hour of `age`, a 64th of the bytes), so that most calls
+-- find no work.
 local function forget(rows, noun, before, count_max, bytes_max, budget, age)
   local finished, bytes_field = rows[noun], noun .. "_bytes"
   local oldest = redis.call("ZRANGE", finished, "0", "0", "WITHSCORES")
@@ -227,8 +215,8 @@ local function forget(rows, noun, before, count_max, bytes_max, budget, age)
   end
   local over = redis.call("ZCARD", finished) - count_max
   local bytes = tonumber(redis.call("HGET", rows.tally, bytes_field) or "0")
-  local late = tonumber(oldest[2]) <= before - math.floor(age / 3600000) * 1000
-  if not late and over <= math.floor(count_max / 1000)
+  local begin = before - math.floor(age / 3600000) * 1000
+  if tonumber(oldest[2]) > begin and over <= math.floor(count_max / 1000)
     and bytes <= bytes_max + math.floor(bytes_max / 1048576) * 16384 then
     return 0
   end

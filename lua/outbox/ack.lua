@@ -13,7 +13,7 @@
 --       3 repeated   1 if the caller sent these items before and does not know what became of it
 --       4 keep_ms    how long finished rows are kept; 0 = deleted at once
 --       5 keep_count how many finished rows are kept; 0 = deleted at once
---       6 keep_bytes how many bytes of finished rows are kept
+--       6 keep_bytes how many bytes of finished rows are kept; 0 = deleted at once
 -- ITEM  id token
 -- REPLY now_ms, per item: acked | lost_claim | forgotten
 -- ERRORS LK_ARGUMENT
@@ -71,7 +71,7 @@ for i = 1, count do
     else
       local row = read_state(line)
       if row and row.token == token then
-        if row.status == "sent" and row.cause == "acked" then
+        if row.status == "sent" then
           outcome = "acked"
         elseif row.status == "dead_lettered" and row.cause == "expired" then
           from_dead[#from_dead + 1], dead_bytes = id, dead_bytes + tonumber(row.size)
@@ -115,7 +115,7 @@ if #finished > 0 then
   write("ZREM", due, finished)
   write("ZREM", dead, from_dead)
   write("ZREM", unknown, from_unknown)
-  if age == 0 or most == 0 then
+  if age == 0 or most == 0 or bytes_max == 0 then
     delete_rows(finished, rows)
   else
     write("HSET", state, state_pairs)

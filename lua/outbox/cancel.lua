@@ -11,7 +11,7 @@
 --       3 repeated   1 if the caller sent these items before and does not know what became of it
 --       4 keep_ms    how long finished rows are kept; 0 = deleted at once
 --       5 keep_count how many finished rows are kept; 0 = deleted at once
---       6 keep_bytes how many bytes of finished rows are kept
+--       6 keep_bytes how many bytes of finished rows are kept; 0 = deleted at once
 -- ITEM  id
 -- REPLY now_ms, per item: cancelled | not_pending status | missing | forgotten
 -- ERRORS LK_ARGUMENT
@@ -56,7 +56,13 @@ for i = 1, count do
   local id = ids[i]
   local line = handled[id] or lines[i]
   local doc = not line and redis.call("HGET", docs, id)
-  local row = line and read_state(line) or doc and fresh_state(doc)
+  local row = line and read_state(line)
+  if doc then
+    row = {
+      status = "pending", token = "~", size = #doc, attempts = 0, claims = "0", fence = "0",
+      claimed_at = "0", consumer = "",
+    }
+  end
   local outcome = "missing"
   if row and row.status == "cancelled" then
     outcome = "cancelled"
@@ -80,7 +86,7 @@ if #moved > 0 then
   local changes = { ["pending:" .. route] = -#moved, ["cancelled:" .. route] = #moved }
   local rows = { docs = docs, state = state, errors = errors, tally = tally, done = done }
   write("ZREM", due, moved)
-  if age == 0 or most == 0 then
+  if age == 0 or most == 0 or bytes_max == 0 then
     delete_rows(moved, rows)
   else
     write("HSET", state, state_pairs)

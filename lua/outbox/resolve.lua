@@ -13,7 +13,7 @@
 --       3 repeated   1 if the caller sent these items before and does not know what became of it
 --       4 keep_ms    how long finished rows are kept; 0 = deleted at once
 --       5 keep_count how many finished rows are kept; 0 = deleted at once
---       6 keep_bytes how many bytes of finished rows are kept
+--       6 keep_bytes how many bytes of finished rows are kept; 0 = deleted at once
 --       7 dead_keep_ms    how long dead letters are kept
 --       8 dead_keep_count how many dead letters are kept
 -- ITEM  id verdict note: verdict = sent | redrive | dead; note = a JSON string
@@ -138,7 +138,7 @@ if #moved > 0 then
   write("ZADD", dead, to_dead)
   write("HSET", state, state_pairs)
   write("HSET", errors, error_pairs)
-  if age == 0 or most == 0 then
+  if age == 0 or most == 0 or bytes_max == 0 then
     delete_rows(sent, rows)
   else
     write("ZADD", done, to_done)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from lua.commands import A, B, C, Tenant, row
 
+MEGABYTE = 1 << 20
+
 MISS = {
     "empty": "",
     "none": "~",
@@ -259,6 +261,49 @@ def test_retention_by_age(tenant: Tenant, now_ms: int, kept: list[str]) -> None:
     assert state["outbox:tally"].get("horizon") == (None if "m1" in kept else "m1")
 
 
+@pytest.mark.parametrize(("now_ms", "kept"), [(7_202_009, 3), (7_202_010, 1)])
+def test_retention_by_age_begins_a_second_an_hour_late(
+    tenant: Tenant, now_ms: int, kept: int
+) -> None:
+    """A little gathers first; then all rows that are keep_ms old go."""
+    finish(tenant, ["m1"], now_ms=10, keep_ms=7_200_000)
+    finish(tenant, ["m2"], now_ms=1_000, keep_ms=7_200_000)
+
+    finish(tenant, ["m3"], now_ms=now_ms, keep_ms=7_200_000)
+
+    assert len(tenant.dump()["outbox:done"]) == kept
+
+
+@pytest.mark.parametrize(("first", "kept"), [(1_000, 1_001), (1_001, 1_000)])
+def test_retention_by_count_begins_a_row_in_a_thousand_late(
+    tenant: Tenant, first: int, kept: int
+) -> None:
+    """One row more than 1 000 is let be; two are more, and both go."""
+    ids = [f"m{i:04}" for i in range(first)]
+    tenant.enqueue(*ids[:1_000])
+    tenant.enqueue(*ids[1_000:], "n1")
+    tenant.run("outbox/cancel", *((id,) for id in ids[:1_000]), now_ms=10, keep_count=2_000)
+    tenant.run("outbox/cancel", *((id,) for id in ids[1_000:]), ("x",), now_ms=10, keep_count=2_000)
+    tenant.claim(A, now_ms=10)
+
+    tenant.run("outbox/ack", ("n1", A), now_ms=11, keep_count=1_000)
+
+    assert len(tenant.dump()["outbox:done"]) == kept
+
+
+@pytest.mark.parametrize(("size", "kept"), [(16_384, ["m1", "m2"]), (16_385, ["m2"])])
+def test_retention_by_bytes_begins_a_64th_late(tenant: Tenant, size: int, kept: list[str]) -> None:
+    """A 64th of 1 MiB more is let be; a byte more, and the oldest rows go."""
+    tenant.enqueue(row("m1", payload="x" * (size - 22)))
+    tenant.enqueue(row("m2", payload="x" * (MEGABYTE - 22)))
+    tenant.claim(A, now_ms=10)
+    tenant.run("outbox/ack", ("m1", A), now_ms=10, keep_bytes=10 * MEGABYTE)
+
+    tenant.run("outbox/ack", ("m2", A), now_ms=11, keep_bytes=MEGABYTE)
+
+    assert list(tenant.dump()["outbox:done"]) == kept
+
+
 @pytest.mark.parametrize(("keep_count", "kept"), [(3, 3), (2, 2), (1, 1)])
 def test_retention_by_count(tenant: Tenant, keep_count: int, kept: int) -> None:
     """No more than keep_count finished rows are kept, the newest."""
@@ -278,6 +323,19 @@ def test_retention_by_bytes(tenant: Tenant, keep_bytes: int, kept: int) -> None:
 
     assert list(tenant.dump().get("outbox:done", {})) == ["m1", "m2", "m3"][3 - kept :]
     assert tenant.tally().get("done_bytes", 0) == 24 * kept
+
+
+@pytest.mark.parametrize("keep", [{"keep_ms": 0}, {"keep_count": 0}, {"keep_bytes": 0}])
+def test_retention_0_deletes_all_rows_of_a_call(tenant: Tenant, keep: dict[str, int]) -> None:
+    """Deleting at once has no bound but that of the call: none of 600 acked rows stays."""
+    ids = [f"m{i:03}" for i in range(600)]
+    tenant.enqueue(*ids)
+    tenant.claim(A, now_ms=10, limit=600)
+
+    tenant.run("outbox/ack", *((id, A) for id in ids), now_ms=11, **keep)
+
+    assert not tenant.dump().keys() & {"outbox:docs", "outbox:state", "outbox:done"}
+    assert tenant.tally() == {"sent:l:t": 600}
 
 
 def test_retention_counts_rows_of_all_routes(tenant: Tenant) -> None:

@@ -124,7 +124,7 @@ def test_items_are_cancelled_one_after_the_other(tenant: Tenant) -> None:
 
 
 def test_cancel_of_a_damaged_row_harms_no_other(tenant: Tenant) -> None:
-    """A row whose document or state cannot be read is missing, and its neighbours are cancelled."""
+    """A row whose state line cannot be read is missing, and its neighbours are cancelled."""
     tenant.is_damaged = True
     tenant.enqueue("m1", "m2", "m3")
     tenant.raw.hset(tenant.keys.outbox_docs, "m1", "{}")
@@ -132,4 +132,4 @@ def test_cancel_of_a_damaged_row_harms_no_other(tenant: Tenant) -> None:
 
     reply = tenant.run("outbox/cancel", ("m1",), ("m2",), ("m3",), now_ms=12)
 
-    assert reply == [12, "missing", "missing", "cancelled"]
+    assert reply == [12, "cancelled", "missing", "cancelled"]

@@ -159,11 +159,12 @@ def test_claim_delivered_twice_takes_nothing_more(tenant: Tenant) -> None:
     assert tenant.dump() == before
 
 
-def test_claim_delivered_twice_tells_the_earliest_lease_end(tenant: Tenant) -> None:
+@pytest.mark.parametrize("id", ["m1", "m2"])
+def test_claim_delivered_twice_tells_the_earliest_lease_end(tenant: Tenant, id: str) -> None:
     """A repeated claim is told the end that holds for all of its rows."""
     tenant.enqueue("m1", "m2")
     tenant.claim(A, now_ms=10)
-    tenant.run("outbox/extend", ("m1", A, 20), now_ms=11)
+    tenant.run("outbox/extend", (id, A, 20), now_ms=11)
 
     assert tenant.claim(A, now_ms=12)[4][:3] == ["claimed", "10000", 20]
 
@@ -350,6 +351,22 @@ def test_claim_always_hands_out_the_first_row(tenant: Tenant) -> None:
 
     assert tenant.ids_claimed(A, now_ms=10) == ["m1"]
     assert tenant.ids_claimed(B, now_ms=10) == ["m2"]
+
+
+def test_claim_reads_no_more_than_a_chunk_beyond_4_mib(tenant: Tenant) -> None:
+    """Documents are read a hundred at a time until 4 MiB, also those of rows that are not taken."""
+    large = [row(f"m{i:03}", payload="x" * 50_000, on_expiry="park") for i in range(100)]
+    tenant.enqueue(*large)
+    tenant.claim(A, now_ms=10, limit=1_000)
+    tenant.claim(B, now_ms=10, limit=1_000)
+    tenant.enqueue(row("n1", available_at=30))
+
+    first = tenant.claim(C, now_ms=30, limit=200)
+    second = tenant.claim(D, now_ms=30, limit=200)
+
+    assert (first[4], first[2]) == (["none"], 1)
+    assert ids_of(second[4]) == ["n1"]
+    assert tenant.tally() == {"unknown:l:t": 100, "claimed:l:t": 1}
 
 
 @pytest.mark.parametrize(

@@ -128,13 +128,14 @@ def test_another_verdict_comes_too_late(
 
 
 @pytest.mark.parametrize("verdict", ["sent", "redrive", "dead"])
-@pytest.mark.parametrize("name", ["outbox/ack", "outbox/nack"])
-def test_last_holder_comes_too_late(parked: Tenant, verdict: str, name: str) -> None:
-    """After an operator's word the vanished holder's token ends nothing."""
+@pytest.mark.parametrize("name", ["outbox/ack", "outbox/nack", "outbox/release"])
+@pytest.mark.parametrize("token", [A, "~", ""])
+def test_last_holder_comes_too_late(parked: Tenant, verdict: str, name: str, token: str) -> None:
+    """After an operator's word the vanished holder's token ends nothing, nor does that of nobody."""
     parked.run("outbox/resolve", ("m1", verdict, NOTE), now_ms=30)
     before = parked.dump()
 
-    item = ("m1", A, "", 0, '"x"') if name == "outbox/nack" else ("m1", A)
+    item = ("m1", token, "", 0, '"x"') if name == "outbox/nack" else ("m1", token)
     assert parked.run(name, item, now_ms=31) == [31, "lost_claim"]
     assert parked.dump() == before
 
