@@ -102,6 +102,11 @@ class Leasekit:
         page = [self.tenant(*tenant_parts(tag)) for tag in found]
         return Page(page, encode_cursor(found[-1]) if len(tags) > limit else None)
 
+    async def now_ms(self) -> int:
+        """The server's clock: milliseconds since 1970."""
+        seconds, microseconds = await self._shared.backend.command("TIME")
+        return int(seconds) * 1_000 + int(microseconds) // 1_000
+
     async def close(self) -> None:
         """Refuse new calls, let those under way finish, and close all connections."""
         await self._shared.coalescer.close()

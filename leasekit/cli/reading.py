@@ -111,12 +111,6 @@ async def check_known(kit: Leasekit, tenant: Tenant) -> None:
             )
 
 
-async def server_now_ms(kit: Leasekit) -> int:
-    """The clock that all instants are of."""
-    seconds, microseconds = await kit._shared.backend.command("TIME")
-    return int(seconds) * 1_000 + int(microseconds) // 1_000
-
-
 # --- counts ---------------------------------------------------------------------------------------
 
 
@@ -188,7 +182,7 @@ async def _page(
         await check_known(kit, tenant)
     return {
         "tenant": tenant_text(tenant),
-        "now_ms": await server_now_ms(kit),
+        "now_ms": await kit.now_ms(),
         "items": items,
         "next_cursor": following,
     }
@@ -230,7 +224,7 @@ async def show_lease(kit: Leasekit, tenant: Tenant, name: str) -> Document:
 
 
 async def _one(kit: Leasekit, tenant: Tenant, found: Document) -> Document:
-    return {"tenant": tenant_text(tenant), "now_ms": await server_now_ms(kit)} | found
+    return {"tenant": tenant_text(tenant), "now_ms": await kit.now_ms()} | found
 
 
 def _row(row: Row, *, reveal: bool) -> Document:
