@@ -224,9 +224,7 @@ async def main(url: str, rounds: int, coroutines: int, lifecycles: int) -> None:
             )
         ratios = [
             slow.seconds / fast.seconds
-            for fast, slow in zip(
-                designs["leasekit"], designs["redis-py, one by one"], strict=True
-            )
+            for fast, slow in zip(designs["leasekit"], designs["redis-py, one by one"], strict=True)
         ]
         print(f"  ratio, median of the rounds: {statistics.median(ratios):.1f} x  (goal: >= 10 x)")
 
