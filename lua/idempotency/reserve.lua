@@ -6,7 +6,7 @@
 -- ITEM  record_id token fingerprint lease_ms expires_at on_expiry reservation: fingerprint = an
 --       encoded word; lease_ms, expires_at = "" for none; on_expiry = reclaim | park
 -- REPLY now_ms, per item: reserved record | duplicate record | conflict record | spent: this token
---       had the reservation and released it
+--       had the reservation and released it | damaged: there is a record, but it cannot be read
 -- ERRORS LK_ARGUMENT
 -- FLAGS none
 -- COST  O(m log n) for m items
@@ -62,7 +62,9 @@ for i = 1, count do
   local free = not record or record.status == "released" or attempt_over
     or (record.expires_at > 0 and record.expires_at <= now)
   local outcome, changed
-  if record and record.status == "released" and record.token == token then
+  if doc and not record then
+    outcome = "damaged"
+  elseif record and record.status == "released" and record.token == token then
     outcome = "spent"
   elseif free then
     outcome, changed = "reserved", true
@@ -102,7 +104,8 @@ for i = 1, count do
     doc_pairs[#doc_pairs + 1] = id
     doc_pairs[#doc_pairs + 1] = handled[id]
   end
-  reply[i + 1] = outcome == "spent" and outcome or { outcome, handled[id] or doc }
+  local is_bare = outcome == "spent" or outcome == "damaged"
+  reply[i + 1] = is_bare and outcome or { outcome, handled[id] or doc }
 end
 
 write("HSET", docs, doc_pairs)

@@ -229,6 +229,19 @@ def test_late_request_of_a_released_reservation_takes_nothing(tenant: Tenant) ->
     assert tenant.dump() == before
 
 
+@pytest.mark.parametrize("record", ["", "reserved", f"reserved {A} 10 10 0 0 0 reclaim ~\nf\n{{}}"])
+def test_damaged_record_is_not_free(tenant: Tenant, record: str) -> None:
+    """A record that cannot be read lets nobody in; its neighbours are reserved."""
+    tenant.is_damaged = True
+    tenant.raw.hset(tenant.keys.idempotency_docs, "r1", record)
+
+    reply = reserve(tenant, reservation(), reservation("r2"), now_ms=10)
+
+    assert reply[1] == "damaged"
+    assert reply[2][0] == "reserved"
+    assert tenant.dump()["idempotency:docs"]["r1"] == record
+
+
 def test_items_are_decided_one_after_the_other(tenant: Tenant) -> None:
     """The later item of a call sees what the earlier did to its key."""
     reply = reserve(

@@ -136,6 +136,17 @@ def test_name_that_is_acquired_is_not_deleted(tenant: Tenant) -> None:
     assert list(tenant.dump()["lease:docs"]) == ["n1"]
 
 
+@pytest.mark.parametrize("line", ["", "held", f"held {A} soon 10 30 a"])
+def test_damaged_lease_is_free(tenant: Tenant, line: str) -> None:
+    """A lease that cannot be read holds nobody off: it would be for ever."""
+    tenant.raw.hset(tenant.keys.lease_docs, "n1", line)
+
+    assert tenant.run("lease/get", ("n1",), now_ms=10) == [10, "free"]
+    assert tenant.run("lease/extend", ("n1", A, 20), now_ms=10) == [10, "lost"]
+    assert tenant.run("lease/release", ("n1", A), now_ms=10, repeated=1) == [10, "lost"]
+    assert tenant.run("lease/acquire", ("n1", B, 20, "b"), now_ms=10)[1][0] == "acquired"
+
+
 def test_acquire_deletes_2n_plus_10_leases(tenant: Tenant) -> None:
     """A call of n items deletes up to 2n + 10 ended leases."""
     tenant.run("lease/acquire", *((f"n{i:02}", A, 20, "a") for i in range(30)), now_ms=10)

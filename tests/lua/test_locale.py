@@ -11,6 +11,8 @@ import pytest
 from lua.commands import A, Tenant, invariants, row
 from servers import ServerProcess
 
+pytestmark = pytest.mark.xdist_group("locale")  # a locale takes a second to make
+
 # In Danish "aa" stands behind "z"; in English "-" and "~" count for nothing at first.
 LOCALES = {"da_DK": ("r1aa", "r1b"), "en_US": ("r-z", "ra")}
 
