@@ -1,0 +1,221 @@
+"""Processes that race, callers that give up, a server that is killed: real time, but little of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from servers import Server, ServerProcess
+
+import leasekit
+from leasekit import LeasekitError, OutcomeUnknown, Unavailable, new_id
+from leasekit.outbox import Outbox
+
+PrivateServer = Callable[..., ServerProcess]
+
+ROWS = 300
+
+# Claims until all rows are sent, and says of each row what came of its ack. argv: url, tenant,
+# lease_ms, and for how long it holds what it claimed before it acks.
+RACER = """
+import asyncio, json, sys
+import leasekit
+
+async def main(url, tenant, lease_ms, held_ms):
+    async with leasekit.connect(url) as kit:
+        outbox = kit.tenant(tenant, "w").outbox
+        await outbox.counts()
+        print("ready", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+        while True:
+            claims = await outbox.claim("mail", "alice", limit=7, lease_ms=lease_ms, consumer="c")
+            if claims:
+                await asyncio.sleep(held_ms / 1_000)
+            outcomes = await asyncio.gather(*[claim.ack() for claim in claims])
+            for claim, outcome in zip(claims, outcomes):
+                print(json.dumps([claim.row.id, claim.fence, outcome]))
+            counts = await outbox.counts()
+            if not counts.pending and not counts.claimed:
+                return
+            if not claims:
+                await asyncio.sleep(0.01)
+
+asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
+"""
+
+
+async def fill(outbox: Outbox, count: int) -> list[str]:
+    enqueued = await asyncio.gather(
+        *[outbox.enqueue("mail", "alice", number, max_attempts=None) for number in range(count)]
+    )
+    return [one.row.id for one in enqueued]
+
+
+def race(url: str, tenant: str, *, lease_ms: int, held_ms: tuple[int, int]) -> list[Any]:
+    """Two racers, let go at the same moment; gives what each saw: id, fence, outcome."""
+    arguments = [sys.executable, "-c", RACER, url, tenant, str(lease_ms)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    racers = [
+        subprocess.Popen(
+            [*arguments, str(held)],
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for held in held_ms
+    ]
+    try:
+        for racer in racers:
+            assert racer.stdout is not None
+            assert racer.stdout.readline() == "ready\n"
+        for racer in racers:
+            assert racer.stdin is not None
+            racer.stdin.write("go\n")
+            racer.stdin.flush()
+        outputs = [racer.communicate(timeout=30)[0] for racer in racers]
+    finally:
+        for racer in racers:
+            racer.kill()
+            racer.wait()
+    assert [racer.returncode for racer in racers] == [0, 0]
+    return [[json.loads(line) for line in output.splitlines()] for output in outputs]
+
+
+async def test_two_processes_never_hold_one_row_at_once(
+    real_server: Server, tenant_name: str
+) -> None:
+    """While leases live: every row is claimed once, by one of them, and acked once."""
+    async with leasekit.connect(real_server.url) as kit:
+        outbox = kit.tenant(tenant_name, "w").outbox
+        ids = await fill(outbox, ROWS)
+        seen = await asyncio.to_thread(
+            race, real_server.url, tenant_name, lease_ms=20_000, held_ms=(3, 3)
+        )
+        counts = await outbox.counts()
+
+    assert all(seen), "one of them got nothing: there was no race"
+    assert sorted(id for one in seen for id, _, _ in one) == sorted(ids)
+    assert {outcome for one in seen for _, _, outcome in one} == {"acked"}
+    assert (counts.sent, counts.pending, counts.claimed) == (ROWS, 0, 0)
+
+
+async def test_of_many_holders_one_ends_the_row(real_server: Server, tenant_name: str) -> None:
+    """One racer holds everything for longer than the lease: each row is acked by exactly one
+    holder, none is lost, and the ack that counts is that of the row's last fence."""
+    async with leasekit.connect(real_server.url) as kit:
+        outbox = kit.tenant(tenant_name, "w").outbox
+        ids = await fill(outbox, ROWS)
+        seen = await asyncio.to_thread(
+            race, real_server.url, tenant_name, lease_ms=20, held_ms=(60, 2)
+        )
+        rows = {id: await outbox.get(id) for id in ids}
+
+    held = [entry for one in seen for entry in one]
+    acked = {id: fence for id, fence, outcome in held if outcome == "acked"}
+    assert Counter(id for id, _, outcome in held if outcome == "acked") == Counter(ids)
+    assert {outcome for _, _, outcome in held} == {"acked", "lost_claim"}
+    for id, fence, outcome in held:
+        assert fence <= acked[id]
+        assert (fence == acked[id]) == (outcome == "acked")
+    assert all(row is not None and row.fence == acked[id] for id, row in rows.items())
+
+
+@pytest.mark.parametrize("kind", ["valkey-9", "redis-6.2", "redis-path"])
+async def test_a_killed_server_keeps_what_it_acknowledged(
+    private_server: PrivateServer, kind: str
+) -> None:
+    """With an AOF that is written always: SIGKILL under load loses no acknowledged row and no
+    acknowledged ack, and the same client goes on when the server is back."""
+    server = private_server(kind, appendonly="yes", appendfsync="always")
+    enqueued: list[str] = []
+    acked: list[str] = []
+    failures: list[LeasekitError] = []
+    under_load = asyncio.Event()
+
+    async def produce(outbox: Outbox) -> None:
+        while not failures:
+            id = new_id()
+            await outbox.enqueue("mail", "alice", {"n": 1}, id=id)
+            enqueued.append(id)
+
+    async def consume(outbox: Outbox) -> None:
+        while not failures:
+            for claim in await outbox.claim("mail", "alice", limit=3, consumer="c"):
+                assert await claim.ack() == "acked"
+                acked.append(claim.row.id)
+            if len(acked) > 100:
+                under_load.set()
+
+    async def until_it_fails(work: Any) -> None:
+        try:
+            await work
+        except LeasekitError as error:
+            failures.append(error)
+
+    async with leasekit.connect(server.url, timeout_ms=2_000) as kit:
+        outbox = kit.tenant("o", "w").outbox
+        workers = [
+            asyncio.create_task(until_it_fails(work(outbox)))
+            for work in (produce, consume)
+            for _ in range(10)
+        ]
+        await under_load.wait()
+        await asyncio.to_thread(server.kill)
+        await asyncio.to_thread(server.start)
+        await asyncio.wait(workers, timeout=20)
+        assert all(worker.done() and not worker.exception() for worker in workers)
+        assert failures
+        assert all(isinstance(error, OutcomeUnknown | Unavailable) for error in failures)
+
+        rows = dict(zip(enqueued, await asyncio.gather(*map(outbox.get, enqueued)), strict=True))
+        assert [id for id, row in rows.items() if row is None] == []
+        sent = await asyncio.gather(*map(outbox.get, acked))
+        assert {row.status for row in sent if row is not None} == {"sent"}
+        assert len(set(acked)) == len(acked) == len([row for row in sent if row is not None])
+
+
+async def test_callers_who_give_up_lose_nothing(real_server: Server, tenant_name: str) -> None:
+    """Half of all calls cancelled at random: every row is still there, nothing stays taken, and
+    the others' answers are their own."""
+    rng = random.Random(7)
+    async with leasekit.connect(real_server.url) as kit:
+        outbox = kit.tenant(tenant_name, "w").outbox
+        ids = await fill(outbox, 200)
+        finished: list[str] = []
+
+        async def claim_and_ack() -> None:
+            for claim in await outbox.claim("mail", "alice", limit=2, consumer="c"):
+                assert await claim.ack() == "acked"
+                finished.append(claim.row.id)
+
+        async def look(id: str) -> None:
+            row = await outbox.get(id)
+            assert row is not None
+            assert row.id == id
+
+        for _ in range(20):
+            tasks = [asyncio.create_task(claim_and_ack()) for _ in range(6)]
+            tasks += [asyncio.create_task(look(rng.choice(ids))) for _ in range(20)]
+            for _ in range(rng.randrange(6)):
+                await asyncio.sleep(0)
+            for task in rng.sample(tasks, len(tasks) // 2):
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            assert {type(one) for one in results} <= {type(None), asyncio.CancelledError}
+
+        found = await asyncio.gather(*map(outbox.get, ids))
+        assert all(row is not None for row in found)
+        status = {row.id: row.status for row in found if row is not None}
+        assert len(set(finished)) == len(finished)
+        assert all(status[id] == "sent" for id in finished)
+        # A caller cancelled between its claim and its ack holds the row on purpose; no other does.
+        assert set(status.values()) <= {"pending", "sent", "claimed"}
