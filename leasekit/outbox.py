@@ -273,7 +273,7 @@ class Outbox:
         if attempts is not None:
             if attempts == 0 and not isinstance(attempts, bool):
                 raise InvalidInput(
-                    "max_attempts must be greater than zero; None means without end",
+                    "max_attempts must be greater than zero",
                     field="max_attempts",
                     limit=1,
                 )
