@@ -10,8 +10,9 @@ import asyncio
 import itertools
 import os
 from collections import Counter
-from collections.abc import Coroutine
-from typing import Any, ClassVar
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, TypeVar
 
 import pytest
 from hypothesis import settings
@@ -24,35 +25,35 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from reference import Draft, Reference
+from reference import Draft, Lease, Record, Reference
 from servers import Server, dump
 
 import leasekit
 from leasekit import Conflict, Leasekit, OutcomeUnknown, Retention, Tenant
 from leasekit.keys import route_of
 
+T = TypeVar("T")
+
 EXAMPLES = int(os.environ.get("LEASEKIT_MODEL_EXAMPLES", "40"))
 STEPS = 50
 
 RETENTION = Retention(finished_ms=40, finished_count=3, dead_ms=60, dead_count=2, dedupe_ms=50)
 LANES = ("a", "b")
+IDS = [f"{number:026}" for number in range(8)]
+TOKENS = [letter * 22 for letter in "abc"]
 TARGET = "t"
 
 whose = st.sampled_from([0, 0, 0, 1])  # most happens to one of the two, so that much happens to it
-row_numbers = st.integers(0, 3)
-tokens = st.sampled_from([letter * 22 for letter in "abcd"])
+picks = st.integers(0, 99)
 names = st.sampled_from(["x", "y"])
 lengths = st.sampled_from([1, 10, 30])
 flags = st.booleans()
+rarely = st.sampled_from([False, False, False, True])
 numbers = itertools.count()
 
 
-def row_id(number: int) -> str:
-    return f"{number:026}"
-
-
-def lane_of(number: int) -> str:
-    return LANES[number % 2]
+def lane_of(id: str) -> str:
+    return LANES[int(id) % 2]
 
 
 class Machine(RuleBasedStateMachine):
@@ -88,16 +89,26 @@ class Machine(RuleBasedStateMachine):
         self.touched = side
         return self.tenants[side], self.references[side]
 
-    def held(self, side: int, pick: int) -> tuple[str, str]:
-        """One of the last grants, id and token: most of what is asked could succeed."""
-        grants = self.grants[side] or self.grants[1 - side]
-        return grants[-1 - pick % len(grants)]
+    def choose(self, pick: int, wanted: Sequence[T], otherwise: Sequence[T]) -> T:
+        """One of those that make something happen, mostly; now and then any of the others."""
+        some = otherwise if pick % 5 == 4 or not wanted else wanted
+        return some[pick % len(some)]
 
     # --- time ---
 
     @rule(step_ms=st.sampled_from([1, 10, 10, 30, 30, 60, -10]))
     def time_passes(self, step_ms: int) -> None:
         self.now = max(0, self.now + step_ms)
+
+    @rule(side=whose, just=st.sampled_from([-1, 0, 0, 0, 1]))
+    def something_ends(self, side: int, just: int) -> None:
+        """To the next instant at which a row, a lease or a record changes, or one beside it."""
+        reference = self.references[side]
+        ends = [row.at for row in reference.rows.values() if row.status in ("pending", "claimed")]
+        ends += [lease.end for lease in reference.leases.values()]
+        for record in reference.records.values():
+            ends += [end for end in (record.lease_end, record.expires_at) if end]
+        self.now = min([end for end in ends if end > self.now], default=self.now) + just
 
     # --- what must hold ---
 
@@ -211,46 +222,100 @@ class Machine(RuleBasedStateMachine):
 
 
 class OutboxMachine(Machine):
-    """Rows from enqueue to their end."""
+    """Rows from enqueue to their end. A rule that needs a row of some kind makes one, mostly."""
+
+    def new_row(self, side: int, pick: int, *, parks: bool = False) -> Draft:
+        """Enqueue a row that is due now, under an id that is free."""
+        rows = self.references[side].rows
+        id = self.choose(pick // 5 * 5, [one for one in IDS if one not in rows], IDS)
+        draft = Draft(lane_of(id), 1, None, 0, [None, 1, 2][pick % 3], parks)
+        self._enqueue(side, id, draft, False)
+        return draft
+
+    def held(self, side: int, pick: int) -> tuple[str, str]:
+        """A grant, id and token: mostly one whose token is still the row's."""
+        rows, grants = self.references[side].rows, self.grants[side]
+        live = [one for one in grants if one[0] in rows and rows[one[0]].token == one[1]]
+        if not live and (pick % 5 < 4 or not grants):
+            draft = self.new_row(side, pick, parks=pick % 4 == 0)
+            self._claim(side, draft.lane, leasekit.new_token(), 9, 10)
+        live = [one for one in grants if one[0] in rows and rows[one[0]].token == one[1]]
+        everybodys = [*grants, *self.grants[1 - side], (IDS[0], TOKENS[0])]
+        return self.choose(pick, live[::-1], everybodys)
+
+    def row_with(self, side: int, pick: int, status: str) -> str:
+        """A row's id: mostly of a row that readers see in this status."""
+        rows = self.references[side].rows
+
+        def fit() -> list[str]:
+            return [one.id for one in rows.values() if one.seen_at(self.now) == status]
+
+        if not fit() and pick % 5 < 4:
+            draft = self.new_row(side, pick, parks=status == "unknown")
+            if status != "pending":
+                self._claim(side, draft.lane, leasekit.new_token(), 9, 10)
+                self.now += 10
+                self._claim(side, draft.lane, leasekit.new_token(), 9 * (pick % 2), 10)
+        return self.choose(pick, fit(), IDS)
 
     @rule(
         side=whose,
-        number=row_numbers,
-        payload=st.integers(1, 2),
-        dedupe_key=st.none() | names,
+        pick=picks,
+        dedupe_key=st.sampled_from([None, None, "x", "y"]),
         delay=st.sampled_from([None, None, 0, 15]),
         attempts_max=st.sampled_from([None, 1, 2]),
         parks=flags,
-        repeat=flags,
+        repeat=rarely,
     )
     def enqueue(
         self,
         side: int,
-        number: int,
-        payload: int,
+        pick: int,
         dedupe_key: str | None,
         delay: int | None,
         attempts_max: int | None,
         parks: bool,
         repeat: bool,
     ) -> None:
+        rows = self.references[side].rows
+        id = self.choose(pick, [one for one in IDS if one not in rows], IDS)
+        available_at = 0 if delay is None else self.now + delay
+        draft = Draft(lane_of(id), 1, dedupe_key, available_at, attempts_max, parks)
+        self._enqueue(side, id, draft, repeat)
+
+    @precondition(lambda self: any(one.rows for one in self.references))
+    @rule(
+        side=whose,
+        pick=picks,
+        payload=st.sampled_from([1, 1, 2]),
+        is_same_id=flags,
+        repeat=flags,
+    )
+    def enqueue_again(
+        self, side: int, pick: int, payload: int, is_same_id: bool, repeat: bool
+    ) -> None:
+        """What is there, or was, once more: by its id, or under another one by its key."""
+        rows = [*self.references[side].rows.values(), *self.references[1 - side].rows.values()]
+        row = rows[pick % len(rows)]
+        others = [id for id in IDS if lane_of(id) == row.draft.lane and id != row.id]
+        id = row.id if is_same_id else others[pick % len(others)]
+        self._enqueue(side, id, replace(row.draft, payload=payload), repeat)
+
+    def _enqueue(self, side: int, id: str, draft: Draft, repeat: bool) -> None:
         tenant, reference = self.at(side)
-        # The same row and key may be asked for again with the same draft: at rounded times.
-        available_at = 0 if delay is None else (self.now + delay) // 50 * 50
-        draft = Draft(lane_of(number), payload, dedupe_key, available_at, attempts_max, parks)
-        expected = reference.enqueue(self.now, row_id(number), draft, repeat)
+        expected = reference.enqueue(self.now, id, draft, repeat)
 
         async def ask() -> tuple[str, str]:
             try:
                 enqueued = await tenant.outbox.enqueue(
                     draft.lane,
                     TARGET,
-                    payload,
-                    id=row_id(number),
-                    dedupe_key=dedupe_key,
-                    available_at_ms=available_at,
-                    max_attempts=attempts_max,
-                    on_expiry="park" if parks else "reclaim",
+                    draft.payload,
+                    id=id,
+                    dedupe_key=draft.dedupe_key,
+                    available_at_ms=draft.available_at,
+                    max_attempts=draft.attempts_max,
+                    on_expiry="park" if draft.parks else "reclaim",
                     repeat=repeat,
                     now_ms=self.now,
                 )
@@ -268,17 +333,23 @@ class OutboxMachine(Machine):
 
     @rule(
         side=whose,
-        lane=st.sampled_from(LANES),
-        token=tokens,
-        is_fresh=st.sampled_from([True, True, False]),
+        pick=picks,
+        is_again=rarely,
         limit=st.sampled_from([0, 1, 2, 5, 5]),
         lease_ms=st.sampled_from([0, 10, 10, 30]),
     )
-    def claim(
-        self, side: int, lane: str, token: str, is_fresh: bool, limit: int, lease_ms: int
-    ) -> None:
+    def claim(self, side: int, pick: int, is_again: bool, limit: int, lease_ms: int) -> None:
+        reference = self.references[side]
+        due = [lane for lane in LANES if any(one.at <= self.now for one in reference.line(lane))]
+        if not due and pick % 5 < 4:
+            due = [self.new_row(side, pick, parks=pick % 4 == 0).lane]
+        lane = self.choose(pick, due, LANES)
+        made = [token for _, token in self.grants[side]]
+        token = made[pick % len(made)] if is_again and made else leasekit.new_token()
+        self._claim(side, lane, token, limit, lease_ms)
+
+    def _claim(self, side: int, lane: str, token: str, limit: int, lease_ms: int) -> None:
         tenant, reference = self.at(side)
-        token = leasekit.new_token() if is_fresh else token
         was_made_before = token in reference.claims
         expected = reference.claim(self.now, lane, token, limit, lease_ms)
         claimed = self.run(
@@ -302,18 +373,16 @@ class OutboxMachine(Machine):
             assert claimed[0].fence == reference.fence
             self.fences[side].append(claimed[0].fence)
 
-    @precondition(lambda self: any(self.grants))
-    @rule(side=whose, pick=st.sampled_from([0, 0, 1, 2, 5]), repeat=flags)
+    @rule(side=whose, pick=picks, repeat=flags)
     def ack(self, side: int, pick: int, repeat: bool) -> None:
         tenant, reference = self.at(side)
         id, token = self.held(side, pick)
         expected = reference.ack(self.now, id, token, repeat)
         assert self.run(tenant.outbox.ack(id, token, repeat=repeat, now_ms=self.now)) == expected
 
-    @precondition(lambda self: any(self.grants))
     @rule(
         side=whose,
-        pick=st.sampled_from([0, 0, 1, 2, 5]),
+        pick=picks,
         retry_in=st.sampled_from([None, -20, 0, 20]),
         permanent=flags,
         repeat=flags,
@@ -329,8 +398,7 @@ class OutboxMachine(Machine):
         asked = tenant.outbox.nack(id, token, error="e", now_ms=self.now, **given)
         assert self.run(asked) == expected
 
-    @precondition(lambda self: any(self.grants))
-    @rule(side=whose, pick=st.sampled_from([0, 0, 1, 2, 5]), lease_ms=lengths)
+    @rule(side=whose, pick=picks, lease_ms=lengths)
     def extend(self, side: int, pick: int, lease_ms: int) -> None:
         tenant, reference = self.at(side)
         id, token = self.held(side, pick)
@@ -338,8 +406,7 @@ class OutboxMachine(Machine):
         asked = tenant.outbox.extend(id, token, lease_ms=lease_ms, now_ms=self.now)
         assert self.run(asked) == expected
 
-    @precondition(lambda self: any(self.grants))
-    @rule(side=whose, pick=st.sampled_from([0, 0, 1, 2, 5]), repeat=flags)
+    @rule(side=whose, pick=picks, repeat=flags)
     def release(self, side: int, pick: int, repeat: bool) -> None:
         tenant, reference = self.at(side)
         id, token = self.held(side, pick)
@@ -347,31 +414,34 @@ class OutboxMachine(Machine):
         asked = tenant.outbox.release(id, token, repeat=repeat, now_ms=self.now)
         assert self.run(asked) == expected
 
-    @rule(side=whose, number=row_numbers, repeat=flags)
-    def cancel(self, side: int, number: int, repeat: bool) -> None:
+    @rule(side=whose, pick=picks, repeat=flags)
+    def cancel(self, side: int, pick: int, repeat: bool) -> None:
         tenant, reference = self.at(side)
-        expected = reference.cancel(self.now, row_id(number), repeat)
-        asked = tenant.outbox.cancel(row_id(number), repeat=repeat, now_ms=self.now)
+        id = self.row_with(side, pick, "pending")
+        expected = reference.cancel(self.now, id, repeat)
+        asked = tenant.outbox.cancel(id, repeat=repeat, now_ms=self.now)
         assert self.run(asked) == expected
 
-    @rule(side=whose, number=row_numbers, repeat=flags)
-    def redrive(self, side: int, number: int, repeat: bool) -> None:
+    @rule(side=whose, pick=picks, repeat=flags)
+    def redrive(self, side: int, pick: int, repeat: bool) -> None:
         tenant, reference = self.at(side)
-        expected = reference.redrive(self.now, row_id(number), repeat)
-        asked = tenant.outbox.redrive(row_id(number), repeat=repeat, now_ms=self.now)
+        id = self.row_with(side, pick, "dead_lettered")
+        expected = reference.redrive(self.now, id, repeat)
+        asked = tenant.outbox.redrive(id, repeat=repeat, now_ms=self.now)
         assert self.run(asked) == expected
 
     @rule(
         side=whose,
-        number=row_numbers,
+        pick=picks,
         verdict=st.sampled_from(["sent", "redrive", "dead"]),
         repeat=flags,
     )
-    def resolve(self, side: int, number: int, verdict: Any, repeat: bool) -> None:
+    def resolve(self, side: int, pick: int, verdict: Any, repeat: bool) -> None:
         tenant, reference = self.at(side)
-        expected = reference.resolve(self.now, row_id(number), verdict, repeat)
+        id = self.row_with(side, pick, "unknown")
+        expected = reference.resolve(self.now, id, verdict, repeat)
         asked = tenant.outbox.resolve(
-            row_id(number), verdict, actor="o", reason="r", repeat=repeat, now_ms=self.now
+            id, verdict, actor="o", reason="r", repeat=repeat, now_ms=self.now
         )
         assert self.run(asked) == expected
 
@@ -379,14 +449,22 @@ class OutboxMachine(Machine):
 class NamesMachine(Machine):
     """Leases and idempotency keys."""
 
+    def token_of(self, held: Mapping[str, Lease | Record], name: str, pick: int) -> str:
+        """Mostly the token that has it."""
+        return self.choose(pick, [held[name].token] if name in held else [], TOKENS)
+
     @rule(step_ms=st.sampled_from([300_000, 86_400_000]))
     def much_time_passes(self, step_ms: int) -> None:
         self.now += step_ms
 
     # --- leases ---
 
-    @rule(side=whose, name=names, token=tokens, ttl_ms=lengths)
-    def acquire(self, side: int, name: str, token: str, ttl_ms: int) -> None:
+    @rule(side=whose, name=names, pick=picks, ttl_ms=lengths)
+    def acquire(self, side: int, name: str, pick: int, ttl_ms: int) -> None:
+        token = TOKENS[pick % len(TOKENS)]
+        self._acquire(side, name, token, ttl_ms)
+
+    def _acquire(self, side: int, name: str, token: str, ttl_ms: int) -> None:
         tenant, reference = self.at(side)
         fence_before = reference.fence
         expected = reference.acquire(self.now, name, token, ttl_ms)
@@ -402,16 +480,22 @@ class NamesMachine(Machine):
         if reference.fence > fence_before:
             self.fences[side].append(acquisition.lease.fence)
 
-    @rule(side=whose, name=names, token=tokens, ttl_ms=lengths)
-    def extend_lease(self, side: int, name: str, token: str, ttl_ms: int) -> None:
+    @rule(side=whose, name=names, pick=picks, ttl_ms=lengths)
+    def extend_lease(self, side: int, name: str, pick: int, ttl_ms: int) -> None:
         tenant, reference = self.at(side)
+        if not reference.holder(self.now, name) and pick % 5 < 4:
+            self._acquire(side, name, TOKENS[pick % 3], 20)
+        token = self.token_of(reference.leases, name, pick)
         expected = reference.extend_lease(self.now, name, token, ttl_ms)
         asked = tenant.leases.extend(name, token, ttl_ms=ttl_ms, now_ms=self.now)
         assert self.run(asked) == expected
 
-    @rule(side=whose, name=names, token=tokens, repeat=flags)
-    def release_lease(self, side: int, name: str, token: str, repeat: bool) -> None:
+    @rule(side=whose, name=names, pick=picks, repeat=flags)
+    def release_lease(self, side: int, name: str, pick: int, repeat: bool) -> None:
         tenant, reference = self.at(side)
+        if not reference.holder(self.now, name) and pick % 5 < 4:
+            self._acquire(side, name, TOKENS[pick % 3], 20)
+        token = self.token_of(reference.leases, name, pick)
         expected = reference.release_lease(self.now, name, token, repeat)
         asked = tenant.leases.release(name, token, repeat=repeat, now_ms=self.now)
         assert self.run(asked) == expected
@@ -421,13 +505,27 @@ class NamesMachine(Machine):
     @rule(
         side=whose,
         key=names,
-        token=tokens,
+        pick=picks,
         fingerprint=st.sampled_from("fffg"),
         lease_ms=st.none() | lengths,
         expires_in=st.sampled_from([None, None, -5, 20]),
         parks=flags,
     )
     def reserve(
+        self,
+        side: int,
+        key: str,
+        pick: int,
+        fingerprint: str,
+        lease_ms: int | None,
+        expires_in: int | None,
+        parks: bool,
+    ) -> None:
+        reference = self.references[side]
+        token = self.token_of(reference.records, key, pick) if pick % 3 == 0 else TOKENS[pick % 3]
+        self._reserve(side, key, token, fingerprint, lease_ms, expires_in, parks)
+
+    def _reserve(
         self,
         side: int,
         key: str,
@@ -472,23 +570,33 @@ class NamesMachine(Machine):
     @rule(
         side=whose,
         key=names,
-        token=tokens,
+        pick=picks,
         outcome=st.integers(1, 3),
         keep_ms=lengths,
         repeat=flags,
     )
     def complete(
-        self, side: int, key: str, token: str, outcome: int, keep_ms: int, repeat: bool
+        self, side: int, key: str, pick: int, outcome: int, keep_ms: int, repeat: bool
     ) -> None:
         tenant, reference = self.at(side)
+        if key not in reference.records and pick % 5 < 4:
+            self._reserve(
+                side, key, TOKENS[pick % 3], "f", [None, 10][pick % 2], None, pick % 4 == 0
+            )
+        token = self.token_of(reference.records, key, pick)
         expected = reference.complete(self.now, key, token, outcome, keep_ms, repeat)
         given: dict[str, Any] = {"keep_ms": keep_ms, "repeat": repeat, "now_ms": self.now}
         asked = tenant.idempotency.complete("op", key, outcome, token=token, **given)
         assert self.run(asked) == expected
 
-    @rule(side=whose, key=names, token=tokens, repeat=flags)
-    def withdraw(self, side: int, key: str, token: str, repeat: bool) -> None:
+    @rule(side=whose, key=names, pick=picks, repeat=flags)
+    def withdraw(self, side: int, key: str, pick: int, repeat: bool) -> None:
         tenant, reference = self.at(side)
+        if key not in reference.records and pick % 5 < 4:
+            self._reserve(
+                side, key, TOKENS[pick % 3], "f", [None, 10][pick % 2], None, pick % 4 == 0
+            )
+        token = self.token_of(reference.records, key, pick)
         expected = reference.withdraw(self.now, key, token, repeat)
         asked = tenant.idempotency.release("op", key, token=token, repeat=repeat, now_ms=self.now)
         assert self.run(asked) == expected
