@@ -167,6 +167,9 @@ class Draft(msgspec.Struct, kw_only=True, gc=False):
     on_expiry: str = "reclaim"
     run_id: str | None = None
 
+    def __repr__(self) -> str:
+        return f"<Draft {self.lane}/{self.target}>"
+
 
 class AttemptError(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One entry of a row's history: kind = requeued, nacked, permanent, expired or resolved_..."""
@@ -336,6 +339,9 @@ class Outcome(msgspec.Struct, kw_only=True):
     secondary_ref_kind: str | None = None
     secondary_ref_id: str | None = None
     details: Any = None
+
+    def __repr__(self) -> str:
+        return f"<Outcome {self.outcome_kind}>"
 
 
 class IdempotencyRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
