@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import redis
+from lua_coverage import LuaCoverage
 from servers import Server, dump
 
 from leasekit.keys import Keys, registry_keys, tenant_tag
@@ -67,7 +68,7 @@ def row(id: str, *, dedupe: str = "", available_at: int = 0, **words: Any) -> It
 class Tenant:
     """One tenant on one server: its commands, its keys, its whole state."""
 
-    def __init__(self, server: Server, name: str) -> None:
+    def __init__(self, server: Server, name: str, counter: LuaCoverage | None = None) -> None:
         self.server = server
         self.raw = server.raw
         self.tag = tenant_tag(name, "w")
@@ -75,6 +76,7 @@ class Tenant:
         self.registry_prefix = name  # a registry of its own, for the tests of tenant/touch
         self.is_damaged = False
         self._shebang = server.knows_flags
+        self._counter = counter
 
     def run(
         self,
@@ -101,6 +103,12 @@ class Tenant:
     def send(self, script: Script, bound: Sequence[Field], fields: Sequence[Field]) -> list[Any]:
         """One call of a script with these very arguments."""
         parts = [_bytes(part) for part in (*bound, *fields)]
+        if self._counter is not None:
+            first = 1 + len(script.keys)
+            reply = self._counter.run(
+                self.raw, script.name, script.source, parts[1:first], parts[first:]
+            )
+            return _text(reply)
         sha = script.sha(shebang=self._shebang)
         try:
             reply = self.raw.execute_command("EVALSHA", sha, *parts)

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 from lua.commands import Tenant, invariants
+from lua_coverage import LuaCoverage
 from servers import Server
 
 
 @pytest.fixture
-def tenant(server: Server, tenant_name: str) -> Iterator[Tenant]:
+def tenant(server: Server, tenant_name: str, lua_counter: LuaCoverage | None) -> Iterator[Tenant]:
     """A tenant of the test's own; what the test left must add up, unless it planted damage."""
-    tenant = Tenant(server, tenant_name)
+    tenant = Tenant(server, tenant_name, lua_counter)
     yield tenant
     if not tenant.is_damaged:
         invariants(tenant.dump())

@@ -30,6 +30,11 @@ def test_release_withdraws_a_reservation(reserved: Tenant, token: str, fingerpri
     }
 
 
+def test_release_needs_a_proof(reserved: Tenant) -> None:
+    """Neither token nor fingerprint is no proof, and a bug of the caller."""
+    assert reserved.refusal("idempotency/release", ("r1", "", ""), now_ms=12) == "LK_ARGUMENT item"
+
+
 @pytest.mark.parametrize("token", MISS)
 @pytest.mark.parametrize("fingerprint", ["", "f"])
 def test_release_needs_exactly_the_token(reserved: Tenant, token: str, fingerprint: str) -> None:

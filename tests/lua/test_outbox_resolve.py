@@ -33,6 +33,15 @@ def test_resolve_as_sent(parked: Tenant) -> None:
     }
 
 
+def test_resolve_as_redrive_where_nothing_finished_is_kept(parked: Tenant) -> None:
+    """Where finished rows are deleted at once, a row that goes on waiting is none of them."""
+    reply = parked.run("outbox/resolve", ("m1", "redrive", NOTE), now_ms=30, keep_ms=0)
+
+    assert reply == [30, "resolved"]
+    assert parked.dump()["outbox:due:l:t"] == {"m1": 30}
+    assert "m1" in parked.dump()["outbox:docs"]
+
+
 def test_resolve_as_redrive(parked: Tenant) -> None:
     """A row resolved to be redriven is due now, with no attempts used."""
     before = parked.dump()
