@@ -312,12 +312,13 @@ class Outbox:
         return self._scope.coalescer.submit(
             _ENQUEUE,
             self._scope.tag,
-            (route, now, repeat),
+            (route, now),
             self._bind,
             (row_id, body, draft.available_at_ms, dedupe),
             self._read_enqueued,
             context=(draft, row_id),
             size=len(body),
+            repeat=repeat,
         )
 
     def _read_enqueued(
@@ -397,7 +398,7 @@ class Outbox:
         future = scope.coalescer.submit(
             _CLAIM,
             scope.tag,
-            (route, now, False, lease_ms),
+            (route, now, lease_ms),
             self._bind,
             (token, limit, consumer),
             self._read_claimed,
@@ -405,6 +406,7 @@ class Outbox:
             rows=max(limit, 1),
             head=_CLAIM_HEAD,
             undo=undo,
+            repeat=repeat,
         )
         claimed: ClaimedRows = await scope.granted(future, undo)
         return claimed
@@ -551,8 +553,6 @@ class Outbox:
     ) -> tuple[ExtendOutcome, int, float]:
         """Outcome, lease end on the server's clock, lease end on the local clock."""
         codec.check_whole(lease_ms, "lease_ms", 1, codec.LEASE_MS_MAX)
-        # Asking twice does no harm and needs no mark: an end only moves forward.
-        del repeat
         scope = self._scope
         now = scope.now_argument(now_ms)
 
@@ -569,6 +569,7 @@ class Outbox:
             self._bind,
             (id, token, lease_ms),
             read,
+            repeat=repeat,
         )
         return result
 
@@ -780,15 +781,15 @@ class Outbox:
 
     # --- inside -----------------------------------------------------------------------------------
 
-    def _bind(self, one: Script, variant: Variant) -> Sequence[Argument]:
-        """Keys and arguments of a call; a variant is route, now_ms, repeat and lease_ms, as far as
-        the command has them."""
-        route, now, repeat, lease_ms = (*variant, False, 0)[:4]
+    def _bind(self, one: Script, variant: Variant, repeat: bool) -> Sequence[Argument]:
+        """Keys and arguments of a call; a variant is route, now_ms and lease_ms, as far as the command
+        has them."""
+        route, now, lease_ms = (*variant, 0)[:3]
         retention = self._scope.settings.retention
         arguments: dict[str, Argument] = {
             "now_ms": now,
             "route": route,
-            "repeated": int(bool(repeat)),
+            "repeated": int(repeat),
             "lease_ms": lease_ms,
             "window_ms": retention.dedupe_ms,
             "keep_ms": retention.finished_ms,
@@ -814,10 +815,11 @@ class Outbox:
         return scope.coalescer.submit(
             one,
             scope.tag,
-            (route, now, repeat),
+            (route, now),
             self._bind,
             fields,
             words,
+            repeat=repeat,
         )
 
     def _release(
@@ -828,10 +830,11 @@ class Outbox:
         return scope.coalescer.submit(
             _RELEASE,
             scope.tag,
-            (route, now, repeat),
+            (route, now),
             self._bind,
             (id, token),
             _read_release,
+            repeat=repeat,
         )
 
     def _get(self, id: str, now_ms: int | None) -> asyncio.Future[Row | None]:

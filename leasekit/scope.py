@@ -111,7 +111,7 @@ class Scope:
             _TOUCH,
             "",
             (mark,),
-            lambda script, variant: script.bind(keys, {"now_ms": "", "mark": mark}),
+            lambda script, variant, repeat: script.bind(keys, {"now_ms": "", "mark": mark}),
             (self.tag,),
             lambda item, context, reply: word_of(item),
         )
