@@ -171,6 +171,11 @@ class Coalescer:
         """Writes whose replies have not all arrived."""
         return self._flights
 
+    @property
+    def is_closing(self) -> bool:
+        """Whether new calls are refused."""
+        return self._is_closing
+
     def submit(
         self,
         script: Script,
