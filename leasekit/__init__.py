@@ -19,10 +19,12 @@ from leasekit.errors import (
     LeaseLost,
     OutcomeUnknown,
     Overloaded,
+    Permanent,
+    RetryAfter,
     ScriptFailed,
     Unavailable,
 )
-from leasekit.model import Draft, Outcome, Retention
+from leasekit.model import Draft, Outcome, Retention, RunCounts
 
 __all__ = [
     "Conflict",
@@ -35,7 +37,10 @@ __all__ = [
     "Outcome",
     "OutcomeUnknown",
     "Overloaded",
+    "Permanent",
     "Retention",
+    "RetryAfter",
+    "RunCounts",
     "ScriptFailed",
     "Tenant",
     "Unavailable",

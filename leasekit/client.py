@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
-from collections.abc import Generator
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Literal
@@ -11,12 +12,21 @@ from typing import Any, Literal
 from leasekit import codec
 from leasekit.coalesce import Coalescer
 from leasekit.connect import Backend, ServerInfo, open_backend
+from leasekit.consuming import (
+    BACKOFF_MS_DEFAULT,
+    DRAIN_MS_DEFAULT,
+    SWEEP_MS_DEFAULT,
+    TURN_ROWS,
+    Pump,
+    make_pump,
+)
 from leasekit.errors import InvalidInput, Unavailable
+from leasekit.hints import Hub
 from leasekit.idempotency import Idempotency
 from leasekit.keys import registry_keys, tenant_parts, tenant_tag
 from leasekit.lease import Leases
-from leasekit.model import Page, Retention, TenantContext
-from leasekit.outbox import Outbox
+from leasekit.model import Page, Retention, RunCounts, TenantContext
+from leasekit.outbox import LEASE_MS_DEFAULT, Claim, Outbox
 from leasekit.scope import (
     PAGE_LIMIT_DEFAULT,
     Scope,
@@ -31,6 +41,7 @@ __all__ = ["Leasekit", "Tenant", "connect"]
 TIMEOUT_MS_DEFAULT = 5_000
 TIMEOUT_MS_MAX = 600_000
 TENANTS_REMEMBERED = 10_000
+TENANTS_LISTED_EVERY_S = 60.0
 
 
 class Tenant:
@@ -71,6 +82,16 @@ class Leasekit:
         """What the server is, as it was found at the start."""
         return self._shared.backend.info
 
+    @property
+    def backend(self) -> Backend:
+        """The server itself, for tools that look beneath the concepts and write nothing."""
+        return self._shared.backend
+
+    @property
+    def prefix(self) -> str:
+        """What all keys begin with."""
+        return self._shared.settings.prefix
+
     def tenant(
         self, org: str, workspace: str, deployment: str | None = None, actor: str | None = None
     ) -> Tenant:
@@ -106,6 +127,85 @@ class Leasekit:
         """The server's clock: milliseconds since 1970."""
         seconds, microseconds = await self._shared.backend.command("TIME")
         return int(seconds) * 1_000 + int(microseconds) // 1_000
+
+    async def run(
+        self,
+        lanes: Iterable[tuple[str, str]],
+        handler: Callable[[Claim], Awaitable[Any]],
+        *,
+        tenants: Iterable[Tenant] | None = None,
+        consumer: str | None = None,
+        concurrency: int = 100,
+        per_tenant: int | None = None,
+        weights: Mapping[str, int] | Callable[[Tenant], int] | None = None,
+        lease_ms: int = LEASE_MS_DEFAULT,
+        handler_timeout_ms: int | None = None,
+        backoff_ms: tuple[int, int] = BACKOFF_MS_DEFAULT,
+        stop: asyncio.Event | None = None,
+        drain_ms: int = DRAIN_MS_DEFAULT,
+        sweep_ms: int = SWEEP_MS_DEFAULT,
+        counts: RunCounts | None = None,
+    ) -> RunCounts:
+        """`Outbox.run` for these lanes, (lane, target) each, of many tenants: None = of all, those
+        that are yet to come included. `claim.tenant` is the encoded name of a row's tenant.
+
+        Only tenants that were hinted at or have rows due are asked, in turn. No tenant has more than
+        per_tenant rows in flight (default: an eighth of concurrency), so that none starves the others.
+        weights: tenant's encoded name -> how many times the usual rows it may take in a turn, or a
+        function of the Tenant; 1 where it says nothing. sweep_ms: each tenant is asked so often even
+        if nobody said anything, in case hints were lost. The rest is as with `Outbox.run`.
+        """
+        routes = list(lanes)
+        for lane, target in routes:
+            codec.check_text(lane, "lane")
+            codec.check_text(target, "target")
+        if not routes:
+            raise InvalidInput("lanes is empty: name at least one (lane, target)", field="lanes")
+        given = None if tenants is None else list(tenants)
+
+        def turn_of(tenant: Tenant) -> int:
+            weight = weights(tenant) if callable(weights) else (weights or {}).get(tenant.tag, 1)
+            return TURN_ROWS * codec.check_whole(weight, "weights", 1, codec.BATCH_MAX)
+
+        def add(tenant: Tenant) -> None:
+            if not pump.has_tenant(tenant.tag):
+                turn = turn_of(tenant)
+                for lane, target in routes:
+                    pump.add(tenant.outbox, tenant.tag, lane, target, turn=turn)
+
+        pump: Pump = make_pump(
+            self._shared,
+            handler=handler,
+            consumer=consumer,
+            concurrency=concurrency,
+            per_tenant=max(concurrency // 8, 1) if per_tenant is None else per_tenant,
+            lease_ms=lease_ms,
+            handler_timeout_ms=handler_timeout_ms,
+            backoff_ms=backoff_ms,
+            drain_ms=drain_ms,
+            poll_ms=sweep_ms,
+            counts=counts,
+            new_tenant=(lambda tag: add(self.tenant(*tenant_parts(tag))))
+            if given is None
+            else None,
+        )
+
+        async def look_for_tenants() -> None:
+            while True:
+                cursor: str | None = None
+                while True:
+                    page = await self.tenants(cursor, limit=codec.BATCH_MAX)
+                    for tenant in page.items:
+                        add(tenant)
+                    if (cursor := page.next_cursor) is None:
+                        break
+                await asyncio.sleep(TENANTS_LISTED_EVERY_S)
+
+        if given is None:
+            return await pump.run(stop=stop, tags=None, feed=look_for_tenants)
+        for tenant in given:
+            add(tenant)
+        return await pump.run(stop=stop, tags=[tenant.tag for tenant in given])
 
     async def close(self) -> None:
         """Refuse new calls, let those under way finish, and close all connections."""
@@ -170,7 +270,8 @@ class connect(AbstractAsyncContextManager[Leasekit]):  # reads as a function
             backend.wire(), shebang=backend.info.shebang, timeout_ms=self._timeout_ms
         )
         await coalescer.start()
-        return Leasekit(Shared(self._settings, backend, coalescer))
+        hub = Hub(backend, self._settings.prefix)
+        return Leasekit(Shared(self._settings, backend, coalescer, hub))
 
     def __await__(self) -> Generator[Any, None, Leasekit]:
         return self._open().__await__()

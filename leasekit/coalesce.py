@@ -11,12 +11,21 @@ What holds: calls of one group leave in the order of their arrival, on one conne
 fails only its caller; a caller who gives up before its call left costs nothing, and one who gives up
 later has its claim undone when the answer arrives; the queue is bounded, and who finds it full waits.
 
+**Repeats.** A connection that ends with a call under way leaves nobody knowing whether it was applied.
+Every command carries a name under which it applies once (lua/PROTOCOL.md, "Repeats and forgetting"), so
+the call is sent again, marked as a repeat and ahead of all others: REPEATS_MAX times, and not later than
+two time limits after it was first sent (one for a reply that never came, one for the connection to come
+back). Before that the server must have dropped the old connection, or a request that is stuck there could
+be applied after its repeat: `CLIENT KILL ID` is answered before any call leaves on the new one. Where
+that cannot be had, the caller is told OutcomeUnknown and decides.
+
 Source: design 5; measured in bench/.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -42,7 +51,10 @@ QUEUE_ROWS_MAX = 20_000
 QUEUE_BYTES_MAX = 64 * 1024 * 1024
 RECONNECT_FIRST_MS = 10
 RECONNECT_MOST_MS = 500
+REPEATS_MAX = 2
+REPEAT_WITHIN_TIMEOUTS = 2
 
+_RUN_ID = re.compile(rb"\brun_id:(\w+)")
 _LOCAL_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
@@ -68,14 +80,16 @@ class Reply:
 
 
 Variant = tuple[Any, ...]
-Bind = Callable[[Script, Variant], Sequence[Argument]]
+Bind = Callable[[Script, Variant, bool], Sequence[Argument]]
 Decode = Callable[[Any, Any, Reply], Any]
 Undo = Callable[[Any], None]
-_Key = tuple[str, str, Variant]
+_Key = tuple[str, str, Variant, bool]
+# One connection: the server process that it leads to, and its id there; None for what is not known.
+_Link = tuple[bytes | None, int | None]
 
 
 class _Call(msgspec.Struct, eq=False, gc=False):
-    """One item and who waits for it."""
+    """One item and who waits for it; `lost_count` flights were lost that carried it."""
 
     fields: Sequence[Argument]
     decode: Decode
@@ -84,23 +98,36 @@ class _Call(msgspec.Struct, eq=False, gc=False):
     size: int
     undo: Undo | None
     future: Any
+    lost_count: int = 0
+    first_sent_at_s: float = 0.0
+
+    @property
+    def is_dropped(self) -> bool:
+        """Nobody waits for it, and nothing is granted that would have to be given back."""
+        return bool(self.future.cancelled()) and not (self.lost_count and self.undo)
 
 
 class _Group:
-    """Calls that may share one script call."""
+    """Calls that may share one script call; the first `returned` of them came back from a flight."""
 
-    __slots__ = ("bound", "calls", "head", "key", "script")
+    __slots__ = ("bind", "bound", "calls", "head", "key", "returned", "script")
 
-    def __init__(self, key: _Key, script: Script, bound: Sequence[Argument], head: int) -> None:
+    def __init__(self, key: _Key, script: Script, bind: Bind, head: int) -> None:
         self.key = key
         self.script = script
-        self.bound = bound
+        self.bind = bind
+        self.bound = bind(script, key[2], key[3])
         self.head = head
         self.calls: deque[_Call] = deque()
+        self.returned = 0
 
     @property
     def tenant(self) -> str:
         return self.key[1]
+
+    def repeating(self) -> _Group:
+        """A group for the same calls, said to be repeats."""
+        return _Group((*self.key[:3], True), self.script, self.bind, self.head)
 
 
 _Part = tuple[_Group, list[_Call]]
@@ -121,6 +148,8 @@ class Coalescer:
         self._flush_is_due = False
         self._waiting: deque[tuple[_Key, _Call, Script, Bind, int]] = deque()
         self._returned: list[_Part] = []
+        self._link: _Link = (None, None)
+        self._left_behind: set[_Link] = set()
         self._reconnecting: asyncio.Task[None] | None = None
         self._idle: asyncio.Future[None] | None = None
         self._is_closing = False
@@ -142,6 +171,11 @@ class Coalescer:
         """Writes whose replies have not all arrived."""
         return self._flights
 
+    @property
+    def is_closing(self) -> bool:
+        """Whether new calls are refused."""
+        return self._is_closing
+
     def submit(
         self,
         script: Script,
@@ -156,13 +190,16 @@ class Coalescer:
         size: int = 0,
         head: int = 1,
         undo: Undo | None = None,
+        repeat: bool = False,
     ) -> asyncio.Future[Any]:
         """Queue one item; the future gives what `decode(item reply, context, Reply)` returns.
 
-        Items of the same script, tenant and variant share a call; `bind(script, variant)` gives its
-        keys and arguments. `rows` is what the item may take out of a batch, `size` its bytes, `head` how many
-        values the script answers before the items. A LeasekitError that `decode` returns is raised
-        to the caller. `undo` gets the result if the caller had given up by the time it arrived.
+        Items of the same script, tenant, variant and `repeat` share a call; `bind(script, variant,
+        repeat)` gives its keys and arguments. `repeat`: the caller sent the item before; the coalescer
+        itself sets it when it sends an item again. `rows` is what the item may take out of a batch,
+        `size` its bytes, `head` how many values the script answers before the items. A LeasekitError
+        that `decode` returns is raised to the caller. `undo` gets the result if the caller had given
+        up by the time it arrived.
         """
         if self._is_closing and not self._is_undoing:
             raise Unavailable(
@@ -170,7 +207,7 @@ class Coalescer:
             )
         future: asyncio.Future[Any] = self._loop.create_future()
         call = _Call(fields, decode, context, rows, size, undo, future)
-        key = (script.name, tenant, variant)
+        key = (script.name, tenant, variant, bool(repeat))
         if self._waiting or self._is_full:
             # Back-pressure: the caller waits in line until the queue has room again.
             self._waiting.append((key, call, script, bind, head))
@@ -204,7 +241,7 @@ class Coalescer:
         return self._queued_rows >= QUEUE_ROWS_MAX or self._queued_bytes >= QUEUE_BYTES_MAX
 
     def _open_group(self, key: _Key, script: Script, bind: Bind, head: int) -> _Group:
-        group = self._groups[key] = _Group(key, script, bind(script, key[2]), head)
+        group = self._groups[key] = _Group(key, script, bind, head)
         self._ready.append(group)
         return group
 
@@ -232,6 +269,8 @@ class Coalescer:
 
     def _flush(self) -> None:
         self._flush_is_due = False
+        if self._reconnecting is not None:
+            return  # Not even on an open connection: the old one must be gone first.
         if not self._wire.is_connected:
             self._reconnect()
             return
@@ -250,9 +289,10 @@ class Coalescer:
         while self._ready and rows < FLIGHT_ROWS and size < FLIGHT_BYTES:
             group = self._ready.popleft()
             calls, taken = group.calls, []
+            waiting = len(calls)
             while calls:
                 call = calls[0]
-                if call.future.cancelled():
+                if call.future.cancelled() and call.is_dropped:
                     self._forget(calls.popleft())
                     continue
                 if rows and (rows + call.rows > FLIGHT_ROWS or size + call.size > FLIGHT_BYTES):
@@ -263,9 +303,12 @@ class Coalescer:
                 size += call.size
             if taken:
                 parts.append((group, taken))
+            if group.returned:
+                group.returned = max(0, group.returned - waiting + len(calls))
             if calls:
-                if not taken:
-                    # It needs more room than is left here: it comes first in the next one.
+                if not taken or group.returned:
+                    # It needs more room than is left here, or came before all that is behind it: it
+                    # comes first in the next one.
                     self._ready.appendleft(group)
                     break
                 self._ready.append(group)
@@ -316,7 +359,7 @@ class Coalescer:
                 self._load_and_send(missing)
         else:
             for group, calls in parts:
-                self._lost(group, calls, error)
+                self._lost(group, calls, error, sent_at_s)
             if not self._flights:
                 self._put_back()
         # After the callers that were just answered: what they ask next may join this flight.
@@ -363,34 +406,81 @@ class Coalescer:
         self._wire.send(loads)
         self._send(parts, just_loaded=True)
 
-    def _lost(self, group: _Group, calls: list[_Call], error: BaseException) -> None:
-        """The connection ended: what was not sent, or only reads, goes back to its place in line."""
-        unsent = isinstance(error, ConnectionLost) and not error.sent
-        if unsent or group.script.reads_only:
+    def _lost(
+        self, group: _Group, calls: list[_Call], error: BaseException, sent_at_s: float
+    ) -> None:
+        """The connection ended: what may be sent again goes back to the front of the line."""
+        if isinstance(error, ConnectionLost) and not error.sent:
             self._returned.append((group, calls))
             return
-        self._fail(
-            calls,
-            lambda: OutcomeUnknown(
-                f"{group.script.name}: {error} before the reply came; it may or may not have been "
-                "applied; ask again by the same name with repeat=True",
-                tenant=group.tenant,
-            ),
-        )
+        has_id = self._link[1] is not None
+        if has_id:
+            self._left_behind.add(self._link)
+        can_repeat = isinstance(error, ConnectionLost) and has_id and not self._is_closed
+        reads = group.script.reads_only
+        again, over = [], []
+        for call in calls:
+            if not call.lost_count:
+                call.first_sent_at_s = sent_at_s
+            call.lost_count += 1
+            in_time = not self._is_late(call)
+            if in_time and (reads or (can_repeat and call.lost_count <= REPEATS_MAX)):
+                if not call.is_dropped:
+                    again.append(call)
+            else:
+                over.append(call)
+        if again:
+            self._returned.append((group if reads else group.repeating(), again))
+        self._fail_lost(group, over, str(error))
+
+    def _is_late(self, call: _Call) -> bool:
+        """Whether it is too late to send a lost call again."""
+        limit_s = REPEAT_WITHIN_TIMEOUTS * self._timeout_s
+        return local_clock_s() - call.first_sent_at_s > limit_s
 
     def _put_back(self) -> None:
         """All flights of a lost connection have landed: the oldest call is the first in line again."""
+        front: dict[_Group, None] = {}
         while self._returned:
             group, calls = self._returned.pop()
-            queued = self._groups.get(group.key)
-            if queued is None:
-                queued = self._groups[group.key] = group
-                self._ready.appendleft(group)
+            queued = self._groups.setdefault(group.key, group)
             queued.calls.extendleft(reversed(calls))
+            queued.returned += len(calls)
+            front.pop(queued, None)
+            front[queued] = None  # The last to come has the oldest call.
             self._queued_rows += sum(call.rows for call in calls)
             self._queued_bytes += sum(call.size for call in calls)
+        if front:
+            behind = [group for group in self._ready if group not in front]
+            self._ready = deque([*reversed(front), *behind])
         if self._is_closed:
             self._fail_queued("the client was closed")
+
+    def _drop_repeats(self, is_over: Callable[[_Call], bool], why: str) -> None:
+        """Tell those whose calls are not sent again after all; reads and unsent calls stay."""
+        for group in self._ready:
+            if group.returned and not group.script.reads_only:
+                over = [call for call in group.calls if call.lost_count and is_over(call)]
+                for call in over:
+                    group.calls.remove(call)
+                    self._forget(call)
+                group.returned -= len(over)
+                self._fail_lost(group, over, why)
+
+    def _fail_lost(self, group: _Group, calls: Sequence[_Call], why: str) -> None:
+        """The callers of calls that had left and were not answered learn why, and what to do."""
+        name, tenant = group.script.name, group.tenant
+        if group.script.reads_only:
+            text = f"{name}: {why} before the reply came; nothing was changed; try again"
+            self._fail(calls, partial(Unavailable, text, tenant=tenant))
+            return
+        for call in calls:
+            asked = f" (asked {call.lost_count} times)" if call.lost_count > 1 else ""
+            text = (
+                f"{name}: {why} before the reply came{asked}; it may or may not have been applied; ask "
+                "again by the same name with repeat=True"
+            )
+            self._fail([call], partial(OutcomeUnknown, text, tenant=tenant))
 
     @staticmethod
     def _fail(calls: Sequence[_Call], make: Callable[[], LeasekitError]) -> None:
@@ -405,8 +495,13 @@ class Coalescer:
             message = f"{group.script.name}: {why}; nothing was applied; it is safe to try again"
             for call in group.calls:
                 self._forget(call)
+            reads = group.script.reads_only
+            lost = [call for call in group.calls if call.lost_count and not reads]
+            self._fail_lost(group, lost, why)
+            # The others: those that are lost have been told.
             self._fail(group.calls, partial(Unavailable, message, tenant=group.tenant))
             group.calls.clear()
+            group.returned = 0
             self._let_in()
         self._check_idle()
 
@@ -436,19 +531,45 @@ class Coalescer:
                 pause_s = min(2 * pause_s, RECONNECT_MOST_MS / 1_000)
         finally:
             self._reconnecting = None
-            if self._ready and self._wire.is_connected:
+            if self._ready and not self._is_closed:
                 self._flush_soon()
 
     async def _connect(self) -> None:
         await self._wire.connect()
+        loads = scripts.load_commands(shebang=self._shebang)
         try:
-            replies = await self._wire.send(scripts.load_commands(shebang=self._shebang))
+            *replies, facts = await self._wire.send([*loads, ("INFO", "server")])
         except ConnectionLost as error:
             raise Unavailable(f"the scripts could not be loaded: {error}") from None
         for reply in replies:
             # A user without the right to load scripts may still find them loaded: calls will tell.
             if isinstance(reply, ResponseError) and "NOPERM" not in str(reply):
                 raise scripts.translate(reply, "script load")
+        process = _RUN_ID.search(facts) if isinstance(facts, bytes) else None
+        self._link = (process and process[1], self._wire.client_id)
+        if self._left_behind:
+            await self._end_old_connections()
+        self._drop_repeats(self._is_late, "the connection was lost, and came back too late,")
+
+    async def _end_old_connections(self) -> None:
+        """Have the server drop what was left behind, so that nothing stuck there is applied any more.
+
+        An id means something in one server process only: after a restart the old connections are gone,
+        and their ids may be other clients'.
+        """
+        here = self._link[0]
+        old = [one for there, one in self._left_behind if None in (here, there) or here == there]
+        try:
+            replies = await self._wire.send([("CLIENT", "KILL", "ID", one or 0) for one in old])
+        except ConnectionLost as error:
+            raise Unavailable(f"the old connection could not be ended: {error}") from None
+        self._left_behind.clear()
+        for reply in replies:
+            if isinstance(reply, ResponseError):
+                code = str(reply).partition(" ")[0]
+                why = f"the connection was lost, and the server refuses CLIENT KILL ({code}),"
+                self._drop_repeats(lambda call: True, why)
+                return
 
 
 def _unreadable(group: _Group, why: str) -> ScriptFailed:

@@ -23,10 +23,11 @@ import logging
 import os
 import re
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
+from weakref import WeakSet
 
 from redis.asyncio import Redis
 from redis.asyncio.connection import (
@@ -39,11 +40,24 @@ from redis.asyncio.connection import (
 )
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
 
 from leasekit.errors import InvalidInput, Unavailable
-from leasekit.wire import Command, ConnectionLost, MemoryWire, RedisWire, Wire
+from leasekit.listen import Ears, Listener
+from leasekit.wire import (
+    Command,
+    ConnectionLost,
+    MemoryEars,
+    MemoryWire,
+    OnPush,
+    RedisWire,
+    Wire,
+)
+
+if TYPE_CHECKING:
+    from leasekit.embedded import EmbeddedServer
 
 __all__ = ["Backend", "ConnectionLost", "ServerInfo", "Wire", "open_backend"]
 
@@ -104,14 +118,17 @@ class Backend:
         info: ServerInfo,
         make_wire: Callable[[], Wire],
         *,
+        make_ears: Callable[[OnPush], Ears],
         timeout_ms: int,
         stop: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.info = info
         self._make_wire = make_wire
+        self._make_ears = make_ears
         self._timeout_ms = timeout_ms
         self._stop = stop
         self._wires: set[Wire] = set()
+        self._listeners: WeakSet[Listener] = WeakSet()
         self._idle: list[Wire] = []
         self._turns = asyncio.Semaphore(COMMAND_CONNECTION_COUNT_MAX)
         self._is_closed = False
@@ -127,6 +144,19 @@ class Backend:
         wire = self._make_wire()
         self._wires.add(wire)
         return wire
+
+    def listen(
+        self, on_message: Callable[[str, bytes], None], on_gap: Callable[[], None]
+    ) -> Listener:
+        """A subscription on a connection of its own, which hears nothing yet: see Listener.
+
+        `on_message(channel, message)`; `on_gap()` whenever messages may have been missed.
+        """
+        if self._is_closed:
+            raise Unavailable(f"the back end {self.info.url} was closed: nothing was sent")
+        listener = Listener(self._make_ears, on_message, on_gap)
+        self._listeners.add(listener)
+        return listener
 
     async def command(self, *args: bytes | str | int) -> Any:
         """Run one command on a connection of a small pool beside the wires; gives the raw reply.
@@ -152,11 +182,35 @@ class Backend:
             raise reply
         return reply
 
+    async def ask(self, *args: bytes | str | int) -> Any:
+        """What `command` gives; None where the server does not know or does not allow it."""
+        try:
+            return await self.command(*args)
+        except ResponseError:
+            return None
+
+    async def look(self, *commands: Command) -> list[Any]:
+        """What several reading commands find at one moment: nothing else runs between them.
+
+        Gives their raw replies in order; raises as `command` does, for the first that was refused.
+        """
+        wrapped = [("MULTI",), *commands, ("EXEC",)]
+        async with self._turns:
+            *queued, replies = await self._send(wrapped)
+        for reply in [*queued, replies, *(replies if isinstance(replies, list) else [])]:
+            if isinstance(reply, ResponseError):
+                raise reply
+        return list(replies)
+
     async def _command(self, command: Command) -> Any:
+        [reply] = await self._send([command])
+        return reply
+
+    async def _send(self, commands: Sequence[Command]) -> list[Any]:
         wire = self._idle.pop() if self._idle else self.wire()
         try:
             await wire.connect()
-            [reply] = await wire.send([command])
+            replies = await wire.send(commands)
         except BaseException as error:
             # Also when the caller was cancelled: a reply that is long in coming must not hold up
             # the next command.
@@ -167,7 +221,7 @@ class Backend:
                 raise Unavailable(f"lost {self.info.url}: {error}; {state}") from error
             raise
         self._idle.append(wire)
-        return reply
+        return replies
 
     async def close(self) -> None:
         """Close all wires, and stop the use of an embedded server; closing twice is harmless."""
@@ -175,6 +229,8 @@ class Backend:
             return
         self._is_closed = True
         try:
+            for listener in list(self._listeners):
+                await listener.close()
             for wire in list(self._wires):
                 await wire.close()
         finally:
@@ -278,11 +334,13 @@ class _Server:
             cast(SSLConnection, connection).ssl_context = self.tls
         return connection
 
-    def wire(self) -> RedisWire:
-        return RedisWire(self.connection, self.explain, timeout_ms=self.timeout_ms)
+    def wire(self, on_push: OnPush | None = None) -> RedisWire:
+        return RedisWire(self.connection, self.explain, timeout_ms=self.timeout_ms, on_push=on_push)
 
     def explain(self, error: Exception) -> Unavailable:
         """Say why a connection attempt failed, quoting nothing that can hold a secret."""
+        if isinstance(error, Unavailable):
+            return error
         causes = _causes(error)
         for cause in causes:
             if isinstance(cause, RedisError) and (
@@ -416,7 +474,9 @@ async def _open_server(
         ) from lost
     finally:
         await wire.close()
-    return Backend(info, server.wire, timeout_ms=server.timeout_ms, stop=stop)
+    return Backend(
+        info, server.wire, make_ears=server.wire, timeout_ms=server.timeout_ms, stop=stop
+    )
 
 
 async def _examine(
@@ -494,27 +554,81 @@ def _version(text: str) -> tuple[int, int, int]:
     return (int(match[1]), int(match[2]), int(match[3] or 0)) if match else (0, 0, 0)
 
 
+class _EmbeddedUse:
+    """A client's use of the embedded server of a directory, which may die and be started again."""
+
+    def __init__(self, server: EmbeddedServer) -> None:
+        self._server = server
+        self._joining: asyncio.Task[None] | None = None
+
+    async def rejoin(self, path: str) -> str:
+        """Where the server is to be reached now that it is not at `path`: joined, or started anew."""
+        if self._joining is None and path == self._server.socket_path:
+            self._joining = asyncio.create_task(self._join())
+        if self._joining is not None:
+            # Loading may take longer than a connection attempt: the next one finds it going on.
+            await asyncio.shield(self._joining)
+        return self._server.socket_path
+
+    async def _join(self) -> None:
+        from leasekit import embedded
+
+        try:
+            before = self._server
+            self._server = await embedded.start(before.directory)
+            await before.stop()
+        finally:
+            self._joining = None
+
+    async def stop(self) -> None:
+        if self._joining is not None:
+            self._joining.cancel()
+            await asyncio.wait([self._joining])
+        await self._server.stop()
+
+
+class _EmbeddedConnection(UnixDomainSocketConnection):
+    """To a server that has another socket after each start."""
+
+    def __init__(self, *, use: _EmbeddedUse, **options: Any) -> None:
+        super().__init__(**options)
+        self._use = use
+
+    async def connect(self) -> None:
+        try:
+            await super().connect()
+        except RedisConnectionError:
+            self.path = await self._use.rejoin(self.path)
+            await super().connect()
+
+
 async def _open_embedded(url: str, *, timeout_ms: int, allow_eviction: bool) -> Backend:
     directory = unquote(_rest(url)) or None
     # Imported here: nobody else needs to be able to start servers.
     from leasekit import embedded
 
     embedded_server = await embedded.start(directory)
+    use = _EmbeddedUse(embedded_server)
+    options: dict[str, Any] = {"path": embedded_server.socket_path, "db": 0}
     server = _Server(
         url=f"unix://{embedded_server.socket_path}",
         timeout_ms=timeout_ms,
         connection_class=UnixDomainSocketConnection,
-        options={"path": embedded_server.socket_path, "db": 0},
+        options=options,
     )
+    if directory is not None:
+        # The data of a temporary directory is gone with its server: an empty one must not follow.
+        server.connection_class = _EmbeddedConnection
+        options["use"] = use
     try:
         return await _open_server(
             server,
             allow_eviction=allow_eviction,
             url=f"embedded://{embedded_server.directory}",
-            stop=embedded_server.stop,
+            stop=use.stop,
         )
     except BaseException:
-        await embedded_server.stop()
+        await use.stop()
         raise
 
 
@@ -557,4 +671,9 @@ def _open_memory(url: str, *, timeout_ms: int) -> Backend:
         "memory:// keeps everything in this process: not durable, not shared; for tests only"
     )
     info = ServerInfo("memory", version, False, "memory", f"memory://{name}")
-    return Backend(info, lambda: MemoryWire(make_socket), timeout_ms=timeout_ms)
+    return Backend(
+        info,
+        lambda: MemoryWire(make_socket),
+        make_ears=lambda on_push: MemoryEars(make_socket, on_push),
+        timeout_ms=timeout_ms,
+    )

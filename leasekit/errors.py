@@ -16,6 +16,8 @@ __all__ = [
     "LeasekitError",
     "OutcomeUnknown",
     "Overloaded",
+    "Permanent",
+    "RetryAfter",
     "ScriptFailed",
     "Unavailable",
 ]
@@ -65,3 +67,17 @@ class CorruptState(LeasekitError):
 
 class ScriptFailed(LeasekitError):
     """A script failed in a way that leasekit does not know: a bug, or a server it does not fit."""
+
+
+class Permanent(LeasekitError):
+    """Raised by a handler: this row cannot be delivered, now or later; dead-letter it at once."""
+
+
+class RetryAfter(LeasekitError):
+    """Raised by a handler: try this row again in `delay_ms`, instead of after the usual pause."""
+
+    def __init__(self, delay_ms: int, reason: str = "the destination asked for a pause") -> None:
+        super().__init__(reason)
+        if isinstance(delay_ms, bool) or not isinstance(delay_ms, int) or delay_ms < 0:
+            raise InvalidInput("delay_ms must be a whole number, at least 0", field="delay_ms")
+        self.delay_ms = delay_ms

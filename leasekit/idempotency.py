@@ -137,8 +137,6 @@ class Idempotency:
         if on_expiry not in ("reclaim", "park"):
             raise InvalidInput("on_expiry must be 'reclaim' or 'park'", field="on_expiry")
         token = codec.new_token() if token is None else codec.check_token(token)
-        # The token itself makes a repeat harmless; nothing has to be marked.
-        del repeat
         stored = _Stored(wanted[0], wanted[1], owner, event_id)
         now = scope.now_argument(now_ms)
         if scope.must_register:
@@ -165,6 +163,7 @@ class Idempotency:
             self._read_reserved,
             context=(identity, token),
             undo=undo,
+            repeat=repeat,
         )
         reservation: Reservation = await scope.granted(future, undo)
         return reservation
@@ -222,11 +221,12 @@ class Idempotency:
         completed: CompleteOutcome = await scope.coalescer.submit(
             _COMPLETE,
             scope.tag,
-            (now, repeat),
+            (now,),
             self._bind,
             (identity, token, keep_ms, encoded),
             _read_completed,
             size=len(encoded),
+            repeat=repeat,
         )
         return completed
 
@@ -265,10 +265,11 @@ class Idempotency:
         return scope.coalescer.submit(
             _RELEASE,
             scope.tag,
-            (now, repeat),
+            (now,),
             self._bind,
             (identity, token, mark),
             _read_release,
+            repeat=repeat,
         )
 
     async def get(
@@ -424,11 +425,9 @@ class Idempotency:
             context.org_id, context.workspace_id, context.deployment_id, operation, key
         )
 
-    def _bind(self, one: Script, variant: Variant) -> Sequence[Argument]:
-        """Keys and arguments of a call; a variant is now_ms and repeat, as far as the command has
-        them."""
-        now, repeat = (*variant, False)[:2]
-        return self._scope.bind(one, {"now_ms": now, "repeated": int(bool(repeat))})
+    def _bind(self, one: Script, variant: Variant, repeat: bool) -> Sequence[Argument]:
+        """Keys and arguments of a call; a variant is now_ms."""
+        return self._scope.bind(one, {"now_ms": variant[0], "repeated": int(repeat)})
 
     def _read_record(self, identity: str, doc: bytes, now: int) -> IdempotencyRecord:
         head, marks, reservation, outcome_json = doc.split(b"\n", 3)

@@ -19,9 +19,13 @@ __all__ = [
     "Keys",
     "decode_word",
     "encode_word",
+    "hint_pattern",
+    "hint_tenant",
+    "key_pattern",
     "registry_keys",
     "route_of",
     "route_parts",
+    "tenant_of_key",
     "tenant_parts",
     "tenant_tag",
 ]
@@ -168,6 +172,11 @@ class Keys:
         """The line of one route; a route is `encode_word(lane):encode_word(target)`."""
         return f"{self.tenant}:outbox:due:{route}"
 
+    @property
+    def hint_channel(self) -> str:
+        """Where hints are published: a channel, which holds nothing."""
+        return f"{self.tenant}:outbox:hint"
+
 
 @lru_cache(maxsize=4096)
 def route_of(lane: str, target: str) -> str:
@@ -185,3 +194,28 @@ def registry_keys(prefix: str) -> dict[str, str]:
     """The tenant registry, in a slot of its own: a tenant's tag always holds a `.`, this none."""
     base = f"{_check_prefix(prefix)}:{{tenants}}:tenant"
     return {noun: f"{base}:{noun}" for noun in ("names", "seen", "clocks")}
+
+
+def hint_pattern(prefix: str) -> str:
+    """What matches the hint channels of all tenants; a prefix holds nothing that globs."""
+    return f"{_check_prefix(prefix)}:{{*}}:outbox:hint"
+
+
+def hint_tenant(prefix: str, channel: str) -> str | None:
+    """The encoded tenant of a hint channel; None for any other channel."""
+    start, end = f"{prefix}:{{", "}:outbox:hint"
+    if not (channel.startswith(start) and channel.endswith(end)):
+        return None
+    return channel[len(start) : -len(end)]
+
+
+def key_pattern(prefix: str, tag: str | None = None) -> str:
+    """What matches all keys of one tenant, or of all; neither holds anything that globs."""
+    return f"{_check_prefix(prefix)}:{{{'*' if tag is None else tag}}}:*"
+
+
+def tenant_of_key(prefix: str, key: str) -> str | None:
+    """The encoded tenant of a key; None for the registry's keys and for any other key."""
+    start = f"{prefix}:{{"
+    tag = key.removeprefix(start).partition("}")[0] if key.startswith(start) else ""
+    return tag if "." in tag else None

@@ -153,8 +153,6 @@ class Leases:
         codec.check_whole(ttl_ms, "ttl_ms", 1, codec.LEASE_MS_MAX)
         codec.check_text(owner, "owner")
         token = codec.new_token() if token is None else codec.check_token(token)
-        # The token itself makes a repeat harmless; nothing has to be marked.
-        del repeat
         scope = self._scope
         now = scope.now_argument(now_ms)
         if scope.must_register:
@@ -172,6 +170,7 @@ class Leases:
             _read_acquired,
             context=(name, token, owner),
             undo=undo,
+            repeat=repeat,
         )
         acquisition: Acquisition = await scope.granted(future, undo)
         return acquisition
@@ -195,13 +194,11 @@ class Leases:
 
         extended | lost: the lease has ended or was never this token's; stop the work.
         """
-        # Asking twice does no harm and needs no mark: an end only moves forward.
-        del repeat
-        extended = await self._extend(name, token, ttl_ms, now_ms)
+        extended = await self._extend(name, token, ttl_ms, now_ms, repeat=repeat)
         return LeaseExtendOutcome.LOST if extended is None else LeaseExtendOutcome.EXTENDED
 
     async def _extend(
-        self, name: str, token: str, ttl_ms: int, now_ms: int | None
+        self, name: str, token: str, ttl_ms: int, now_ms: int | None, *, repeat: bool = False
     ) -> tuple[int, float] | None:
         """The new end on the server's and on the local clock; None if the lease is lost."""
         codec.check_text(name, "name")
@@ -224,6 +221,7 @@ class Leases:
             self._bind,
             (name, token, ttl_ms),
             read,
+            repeat=repeat,
         )
         return extended
 
@@ -251,10 +249,11 @@ class Leases:
         return scope.coalescer.submit(
             _RELEASE,
             scope.tag,
-            (now, repeat),
+            (now,),
             self._bind,
             (name, token),
             _read_release,
+            repeat=repeat,
         )
 
     async def get(self, name: str, *, now_ms: int | None = None) -> Holder | None:
@@ -301,11 +300,9 @@ class Leases:
         holders = [_read_holder(one[0].decode(), one[1:]) for one in reply[3:]]
         return Page(holders, encode_cursor(reply[2].decode()) if reply[1] else None)
 
-    def _bind(self, one: Script, variant: Variant) -> Sequence[Argument]:
-        """Keys and arguments of a call; a variant is now_ms and repeat, as far as the command has
-        them."""
-        now, repeat = (*variant, False)[:2]
-        return self._scope.bind(one, {"now_ms": now, "repeated": int(bool(repeat))})
+    def _bind(self, one: Script, variant: Variant, repeat: bool) -> Sequence[Argument]:
+        """Keys and arguments of a call; a variant is now_ms."""
+        return self._scope.bind(one, {"now_ms": variant[0], "repeated": int(repeat)})
 
     def hold(
         self, name: str, *, ttl_ms: int, owner: str, wait_ms: int = 0

@@ -39,6 +39,7 @@ __all__ = [
     "Retention",
     "Row",
     "RowStatus",
+    "RunCounts",
     "TenantContext",
     "WithdrawOutcome",
 ]
@@ -253,6 +254,25 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     dead_kept: int
     unknown_kept: int
     lanes: list[LaneCounts]
+
+
+class RunCounts(msgspec.Struct, kw_only=True):
+    """What `run` and `consume` have done so far; rows, unless said otherwise.
+
+    handler_errors: exceptions of the handler, its time limit included. lost: leases that were lost, and
+    rows that somebody else had finished. released: given back, uncharged. claim_errors: claims that
+    failed and were tried again. restarts: tasks inside that died of something unexpected.
+    """
+
+    claimed: int = 0
+    acked: int = 0
+    requeued: int = 0
+    dead_lettered: int = 0
+    released: int = 0
+    lost: int = 0
+    handler_errors: int = 0
+    claim_errors: int = 0
+    restarts: int = 0
 
 
 # --- leases ---------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
@@ -18,6 +18,14 @@ import msgspec
 
 from leasekit import codec
 from leasekit.coalesce import Reply, Variant, local_clock_s
+from leasekit.consuming import (
+    BACKOFF_MS_DEFAULT,
+    DRAIN_MS_DEFAULT,
+    POLL_MS_DEFAULT,
+    feed,
+    make_feed,
+    make_pump,
+)
 from leasekit.errors import Conflict, InvalidInput, LeasekitError, OutcomeUnknown
 from leasekit.keys import decode_word, encode_word, route_of, route_parts
 from leasekit.model import (
@@ -37,6 +45,7 @@ from leasekit.model import (
     ResolveOutcome,
     Row,
     RowStatus,
+    RunCounts,
 )
 from leasekit.scope import (
     PAGE_LIMIT_DEFAULT,
@@ -97,10 +106,13 @@ class Claim:
 
     `fence` rises with every grant: a destination that keeps the highest fence per row id can refuse
     an older holder. `remaining_ms()` counts on the local clock from before the claim was sent, so it
-    is never too optimistic.
+    is never too optimistic. `lost` is set when `run` or `consume`, which hold the row, lose it.
     """
 
-    __slots__ = ("_deadline_s", "_outbox", "fence", "lease_expires_at_ms", "row", "token")
+    __slots__ = (
+        *("_deadline_s", "_lost", "_outbox", "fence", "lease_expires_at_ms", "on_end", "row"),
+        "token",
+    )
 
     def __init__(
         self,
@@ -117,6 +129,9 @@ class Claim:
         self.fence = fence
         self.lease_expires_at_ms = lease_expires_at_ms
         self._deadline_s = deadline_s
+        self._lost: asyncio.Event | None = None
+        # Told the word that ended this claim; whoever keeps it extended lets go then.
+        self.on_end: Callable[[str], None] | None = None
 
     def __repr__(self) -> str:
         return (
@@ -124,13 +139,28 @@ class Claim:
             f"attempt {self.row.attempt_count} fence {self.fence}>"
         )
 
+    @property
+    def tenant(self) -> str:
+        """The encoded name of the row's tenant."""
+        return self._outbox._scope.tag
+
+    @property
+    def lost(self) -> asyncio.Event:
+        """Set when the lease was lost, or given back, while somebody else kept it extended."""
+        if self._lost is None:
+            self._lost = asyncio.Event()
+        return self._lost
+
     def remaining_ms(self) -> int:
         """Milliseconds left of the lease by the local clock; negative once it is over."""
         return int((self._deadline_s - local_clock_s()) * 1_000)
 
     async def ack(self, *, repeat: bool = False, now_ms: int | None = None) -> AckOutcome:
         """See Outbox.ack."""
-        return await self._outbox._ack(self._route, self.row.id, self.token, repeat, now_ms)
+        outcome = await self._outbox._ack(self._route, self.row.id, self.token, repeat, now_ms)
+        if self.on_end is not None:
+            self.on_end(outcome)
+        return outcome
 
     async def nack(
         self,
@@ -142,9 +172,12 @@ class Claim:
         now_ms: int | None = None,
     ) -> NackOutcome:
         """See Outbox.nack."""
-        return await self._outbox._nack(
+        outcome = await self._outbox._nack(
             self._route, self.row.id, self.token, error, retry_at_ms, permanent, repeat, now_ms
         )
+        if self.on_end is not None:
+            self.on_end(outcome)
+        return outcome
 
     async def extend(
         self, *, lease_ms: int = LEASE_MS_DEFAULT, repeat: bool = False, now_ms: int | None = None
@@ -159,7 +192,10 @@ class Claim:
 
     async def release(self, *, repeat: bool = False, now_ms: int | None = None) -> ReleaseOutcome:
         """See Outbox.release."""
-        return await self._outbox._release(self._route, self.row.id, self.token, repeat, now_ms)
+        outcome = await self._outbox._release(self._route, self.row.id, self.token, repeat, now_ms)
+        if self.on_end is not None:
+            self.on_end(outcome)
+        return outcome
 
     @property
     def _route(self) -> str:
@@ -312,12 +348,13 @@ class Outbox:
         return self._scope.coalescer.submit(
             _ENQUEUE,
             self._scope.tag,
-            (route, now, repeat),
+            (route, now),
             self._bind,
             (row_id, body, draft.available_at_ms, dedupe),
             self._read_enqueued,
             context=(draft, row_id),
             size=len(body),
+            repeat=repeat,
         )
 
     def _read_enqueued(
@@ -388,7 +425,7 @@ class Outbox:
         token = codec.new_token() if claim_id is None else codec.check_token(claim_id, "claim_id")
         scope = self._scope
         now = scope.now_argument(now_ms)
-        if scope.must_register:
+        if scope.is_new:
             await scope.register()
 
         def undo(rows: ClaimedRows) -> None:
@@ -397,7 +434,7 @@ class Outbox:
         future = scope.coalescer.submit(
             _CLAIM,
             scope.tag,
-            (route, now, False, lease_ms),
+            (route, now, lease_ms),
             self._bind,
             (token, limit, consumer),
             self._read_claimed,
@@ -405,8 +442,11 @@ class Outbox:
             rows=max(limit, 1),
             head=_CLAIM_HEAD,
             undo=undo,
+            repeat=repeat,
         )
         claimed: ClaimedRows = await scope.granted(future, undo)
+        if claimed:
+            scope.stay_registered()  # Not for a look that finds nothing: idle tenants stay idle.
         return claimed
 
     def _read_claimed(
@@ -451,6 +491,86 @@ class Outbox:
         for claim in rows:
             released = self._release(claim._route, claim.row.id, claim.token, False, now_ms)
             self._scope.in_background(released)
+
+    async def run(
+        self,
+        lane: str,
+        target: str,
+        handler: Callable[[Claim], Awaitable[Any]],
+        *,
+        consumer: str | None = None,
+        concurrency: int = 100,
+        lease_ms: int = LEASE_MS_DEFAULT,
+        handler_timeout_ms: int | None = None,
+        backoff_ms: tuple[int, int] = BACKOFF_MS_DEFAULT,
+        stop: asyncio.Event | None = None,
+        drain_ms: int = DRAIN_MS_DEFAULT,
+        poll_ms: int = POLL_MS_DEFAULT,
+        counts: RunCounts | None = None,
+    ) -> RunCounts:
+        """Claim rows of a lane and target as they become due, and call `handler(claim)` for each.
+
+        What the handler does decides: it returns = acked; it raises Permanent = dead-lettered at once;
+        RetryAfter(delay_ms) = tried again then; anything else, and taking longer than
+        handler_timeout_ms = tried again after backoff_ms = (first, most), doubled each attempt, with
+        jitter. While it runs its lease is extended; if that is lost, the handler is cancelled, with
+        `claim.lost` set, and nothing is said of the row.
+
+        At most `concurrency` rows are held, all of them at work. `stop` or cancellation: nothing more
+        is claimed, rows at work may finish for drain_ms, then they are released and their handlers
+        cancelled. A lost connection or a restarted server is waited out. poll_ms: how often to look
+        without having been woken. counts: filled in while running, where given; it is what returns.
+
+        Raises InvalidInput, and Unavailable once the client is closed. Source: spec/outbox 3.
+        """
+        pump = make_pump(
+            self._scope.shared,
+            handler=handler,
+            consumer=consumer,
+            concurrency=concurrency,
+            lease_ms=lease_ms,
+            handler_timeout_ms=handler_timeout_ms,
+            backoff_ms=backoff_ms,
+            drain_ms=drain_ms,
+            poll_ms=poll_ms,
+            counts=counts,
+        )
+        _check_route(lane, target)
+        pump.add(self, self._scope.tag, lane, target, turn=concurrency)
+        return await pump.run(stop=stop, tags=[self._scope.tag])
+
+    def consume(
+        self,
+        lane: str,
+        target: str,
+        *,
+        consumer: str | None = None,
+        concurrency: int = 1,
+        lease_ms: int = LEASE_MS_DEFAULT,
+        stop: asyncio.Event | None = None,
+        drain_ms: int = DRAIN_MS_DEFAULT,
+        poll_ms: int = POLL_MS_DEFAULT,
+        counts: RunCounts | None = None,
+    ) -> AsyncGenerator[Claim, None]:
+        """`async for claim in outbox.consume(lane, target)`: rows as they become due.
+
+        The caller finishes each claim: ack, nack or release. Until then its lease is extended, and it
+        counts against `concurrency`: with 1, the next row comes when this one is finished. A claim
+        that is lost has `lost` set. Leaving the loop releases what is not finished (at once with
+        `contextlib.aclosing`, else when the loop is collected); `stop` ends it after drain_ms at most.
+        """
+        pump_and_claims = make_feed(
+            self._scope.shared,
+            consumer=consumer,
+            concurrency=concurrency,
+            lease_ms=lease_ms,
+            drain_ms=drain_ms,
+            poll_ms=poll_ms,
+            counts=counts,
+        )
+        _check_route(lane, target)
+        pump_and_claims[0].add(self, self._scope.tag, lane, target, turn=concurrency)
+        return feed(*pump_and_claims, stop=stop, tags=[self._scope.tag])
 
     async def ack(
         self, id: str, token: str, *, repeat: bool = False, now_ms: int | None = None
@@ -551,8 +671,6 @@ class Outbox:
     ) -> tuple[ExtendOutcome, int, float]:
         """Outcome, lease end on the server's clock, lease end on the local clock."""
         codec.check_whole(lease_ms, "lease_ms", 1, codec.LEASE_MS_MAX)
-        # Asking twice does no harm and needs no mark: an end only moves forward.
-        del repeat
         scope = self._scope
         now = scope.now_argument(now_ms)
 
@@ -569,6 +687,7 @@ class Outbox:
             self._bind,
             (id, token, lease_ms),
             read,
+            repeat=repeat,
         )
         return result
 
@@ -780,15 +899,15 @@ class Outbox:
 
     # --- inside -----------------------------------------------------------------------------------
 
-    def _bind(self, one: Script, variant: Variant) -> Sequence[Argument]:
-        """Keys and arguments of a call; a variant is route, now_ms, repeat and lease_ms, as far as
-        the command has them."""
-        route, now, repeat, lease_ms = (*variant, False, 0)[:4]
+    def _bind(self, one: Script, variant: Variant, repeat: bool) -> Sequence[Argument]:
+        """Keys and arguments of a call; a variant is route, now_ms and lease_ms, as far as the command
+        has them."""
+        route, now, lease_ms = (*variant, 0)[:3]
         retention = self._scope.settings.retention
         arguments: dict[str, Argument] = {
             "now_ms": now,
             "route": route,
-            "repeated": int(bool(repeat)),
+            "repeated": int(repeat),
             "lease_ms": lease_ms,
             "window_ms": retention.dedupe_ms,
             "keep_ms": retention.finished_ms,
@@ -796,6 +915,7 @@ class Outbox:
             "keep_bytes": retention.finished_bytes,
             "dead_keep_ms": retention.dead_ms,
             "dead_keep_count": retention.dead_count,
+            "hint": self._scope.keys.hint_channel,
         }
         return self._scope.bind(one, arguments, route=route)
 
@@ -814,10 +934,11 @@ class Outbox:
         return scope.coalescer.submit(
             one,
             scope.tag,
-            (route, now, repeat),
+            (route, now),
             self._bind,
             fields,
             words,
+            repeat=repeat,
         )
 
     def _release(
@@ -828,10 +949,11 @@ class Outbox:
         return scope.coalescer.submit(
             _RELEASE,
             scope.tag,
-            (route, now, repeat),
+            (route, now),
             self._bind,
             (id, token),
             _read_release,
+            repeat=repeat,
         )
 
     def _get(self, id: str, now_ms: int | None) -> asyncio.Future[Row | None]:

@@ -23,6 +23,7 @@ from leasekit.coalesce import Coalescer, Reply
 from leasekit.codec import NOW_MS_MAX, PAYLOAD_BYTES_DEFAULT, check_whole
 from leasekit.connect import Backend
 from leasekit.errors import InvalidInput, LeasekitError
+from leasekit.hints import Hub
 from leasekit.keys import Keys, registry_keys
 from leasekit.model import Retention, TenantContext
 from leasekit.scripts import Argument, Script
@@ -52,6 +53,7 @@ class Shared:
     settings: Settings
     backend: Backend
     coalescer: Coalescer
+    hub: Hub
     touch_due_at_s: dict[str, float] = field(default_factory=dict)
     background: set[asyncio.Task[Any]] = field(default_factory=set)
 
@@ -91,17 +93,25 @@ class Scope:
         return ""
 
     @property
+    def is_new(self) -> bool:
+        """Whether this process has not registered the tenant yet."""
+        return self.tag not in self.shared.touch_due_at_s
+
+    @property
     def must_register(self) -> bool:
         """Whether a write has to wait for `register` first (cheap: asked before every write)."""
-        due_at_s = self.shared.touch_due_at_s.get(self.tag)
-        if due_at_s is None:
+        if self.is_new:
             return True
-        if time.monotonic() >= due_at_s:
+        self.stay_registered()
+        return False
+
+    def stay_registered(self) -> None:
+        """The tenant is in use: touch it again, beside, if the last time is a while ago."""
+        if time.monotonic() >= self.shared.touch_due_at_s.get(self.tag, 0):
             self.shared.touch_due_at_s[self.tag] = time.monotonic() + TOUCH_EVERY_S
             task = asyncio.get_running_loop().create_task(self._refresh())
             self.shared.background.add(task)
             task.add_done_callback(self.shared.background.discard)
-        return False
 
     async def register(self) -> None:
         """Enter the tenant into the registry; InvalidInput if its data is on the other clock."""
@@ -111,7 +121,7 @@ class Scope:
             _TOUCH,
             "",
             (mark,),
-            lambda script, variant: script.bind(keys, {"now_ms": "", "mark": mark}),
+            lambda script, variant, repeat: script.bind(keys, {"now_ms": "", "mark": mark}),
             (self.tag,),
             lambda item, context, reply: word_of(item),
         )

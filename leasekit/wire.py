@@ -33,9 +33,10 @@ from redis.exceptions import RedisError, ResponseError
 
 from leasekit.errors import Unavailable
 
-__all__ = ["Command", "ConnectionLost", "MemoryWire", "RedisWire", "Wire"]
+__all__ = ["Command", "ConnectionLost", "MemoryEars", "MemoryWire", "OnPush", "RedisWire", "Wire"]
 
 Command: TypeAlias = Sequence[bytes | str | int]
+OnPush: TypeAlias = Callable[[Sequence[Any]], None]  # what the server says unasked (RESP3)
 
 _NOT_ENOUGH_DATA = object()
 _CLOSED_HERE = "the connection was closed by this process"
@@ -87,13 +88,16 @@ class Wire(Protocol):
 class _Pipeline(asyncio.Protocol):
     """One physical connection: packs and writes, reads and resolves, and ends once."""
 
-    def __init__(self, connection: AbstractConnection, *, timeout_ms: int) -> None:
+    def __init__(
+        self, connection: AbstractConnection, *, timeout_ms: int, on_push: OnPush | None
+    ) -> None:
         # redis-py keeps the writer, and so the ownership: its disconnect() ends the transport.
         writer = cast(Any, connection)._writer
         self._transport = cast(asyncio.Transport, writer.transport)
         self._stream_protocol = cast(asyncio.Protocol, self._transport.get_protocol())
         self._loop = asyncio.get_running_loop()
         self._timeout_s = timeout_ms / 1_000
+        self._on_push = on_push
         self._timer: asyncio.TimerHandle | None = None
         reader = Reader(replyError=ResponseError, notEnoughData=_NOT_ENOUGH_DATA)
         self._feed, self._next_reply = reader.feed, reader.gets
@@ -101,6 +105,7 @@ class _Pipeline(asyncio.Protocol):
         self._outstanding: deque[tuple[int, asyncio.Future[list[Any]], float]] = deque()
         self._replies: list[Any] = []
         self.is_open = True
+        self.lost: asyncio.Future[None] = self._loop.create_future()
         self._transport.set_protocol(self)
 
     def send(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
@@ -116,13 +121,21 @@ class _Pipeline(asyncio.Protocol):
             self._timer = self._loop.call_at(deadline, self._check_deadline)
         return future
 
+    def tell(self, commands: Sequence[Command]) -> None:
+        """Write commands that are answered by pushes alone: SUBSCRIBE and its kin."""
+        packed = [pack_command(cast(Any, tuple(command))) for command in commands]
+        self._transport.write(b"".join(packed))
+
     def data_received(self, data: bytes) -> None:
         next_reply, outstanding, replies = self._next_reply, self._outstanding, self._replies
         try:
             self._feed(data)
             while (reply := next_reply()) is not _NOT_ENOUGH_DATA:
                 if type(reply) is PushNotification:
-                    continue  # The server's own message (RESP3): the answer to no command.
+                    # The server's own message (RESP3): the answer to no command.
+                    if self._on_push is not None:
+                        self._on_push(reply)
+                    continue
                 if not outstanding:
                     self.end("the server sent a reply that nobody asked for")
                     return
@@ -149,6 +162,7 @@ class _Pipeline(asyncio.Protocol):
         if not self.is_open:
             return
         self.is_open = False
+        self.lost.set_result(None)
         self._transport.abort()
         if self._timer is not None:
             self._timer.cancel()
@@ -172,6 +186,7 @@ class RedisWire:
     """A `Wire` over connections that `make_connection` builds and redis-py opens.
 
     `explain` turns whatever redis-py raised while connecting into the Unavailable to raise.
+    `on_push` gets what the server says unasked; it must not raise.
     """
 
     def __init__(
@@ -180,10 +195,12 @@ class RedisWire:
         explain: Callable[[Exception], Unavailable],
         *,
         timeout_ms: int,
+        on_push: OnPush | None = None,
     ) -> None:
         self._make_connection = make_connection
         self._explain = explain
         self._timeout_ms = timeout_ms
+        self._on_push = on_push
         self._connection: AbstractConnection | None = None
         self._pipeline: _Pipeline | None = None
         self._connecting: asyncio.Task[None] | None = None
@@ -213,6 +230,16 @@ class RedisWire:
             return self._pipeline.send(commands)
         return _not_connected()
 
+    @property
+    def lost(self) -> asyncio.Future[None] | None:
+        """What is done once the latest connection has ended; None before the first."""
+        return None if self._pipeline is None else self._pipeline.lost
+
+    def tell(self, commands: Sequence[Command]) -> None:
+        """Write commands that are answered by pushes alone; nothing happens without a connection."""
+        if self._pipeline is not None and self._pipeline.is_open:
+            self._pipeline.tell(commands)
+
     async def close(self) -> None:
         self._is_closed = True
         if self._connecting is not None:
@@ -233,7 +260,9 @@ class RedisWire:
                 # server has a reason to speak now: better no connection than a shifted one.
                 if await connection.can_read():
                     raise RedisError("the server sent more than it was asked for")
-            self._pipeline = _Pipeline(connection, timeout_ms=self._timeout_ms)
+            self._pipeline = _Pipeline(
+                connection, timeout_ms=self._timeout_ms, on_push=self._on_push
+            )
         except Exception as error:  # A server that answers oddly can make redis-py raise anything.
             failure = self._explain(error)
         finally:
@@ -323,6 +352,51 @@ class MemoryWire:
         except Exception as error:
             self._socket = self._make_socket()  # Its parser died of the exception.
             return ResponseError(f"ERR the fake server failed: {type(error).__name__}")
+
+
+class MemoryEars:
+    """What a wire with `on_push` is over fakeredis: it subscribes, and hears; it asks nothing."""
+
+    def __init__(self, make_socket: Callable[[], Any], on_push: OnPush) -> None:
+        self._make_socket = make_socket
+        self._on_push = on_push
+        self._socket: Any = None
+        self._hearing: asyncio.Task[None] | None = None
+        self.lost: asyncio.Future[None] | None = None
+
+    @property
+    def is_connected(self) -> bool:
+        return self._hearing is not None
+
+    async def connect(self) -> None:
+        if self._hearing is None:
+            self.lost = asyncio.get_running_loop().create_future()
+            self._socket = self._make_socket()
+            self._hearing = asyncio.create_task(self._hear())
+
+    def tell(self, commands: Sequence[Command]) -> None:
+        if self._socket is not None:
+            for command in commands:
+                self._socket.sendall(pack_command(cast(Any, tuple(command))))
+
+    def send(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
+        """The answer to a PING, which is all that is asked of ears: they cannot be cut off."""
+        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        future.set_result([b"PONG" for _ in commands])
+        return future
+
+    async def close(self) -> None:
+        if self._hearing is not None:
+            self.tell([("UNSUBSCRIBE",), ("PUNSUBSCRIBE",)])
+            self._hearing.cancel()
+            await asyncio.wait([self._hearing])
+            self._hearing = self._socket = None
+
+    async def _hear(self) -> None:
+        while True:
+            reply = await cast(Awaitable[Any], self._socket.responses.get())
+            if isinstance(reply, list):
+                self._on_push(reply)
 
 
 def _with_code(reply: Any) -> Any:

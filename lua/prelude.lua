@@ -121,18 +121,32 @@ local function rank_after(members, score, id)
   return low
 end
 
--- Adds to several counters of a hash in two calls; `changes` maps field to what is added.
-local function add(tally, changes)
+-- Tells who listens that a row of a route may be claimed in so many milliseconds. Comes after all
+-- writes; its failure (no right to the channel) fails nothing: a hint is no promise.
+local function tell(hint, route, delay_ms)
+  if hint ~= "" then
+    redis.pcall("PUBLISH", hint, route .. " " .. integer(math.max(delay_ms, 0)))
+  end
+end
+
+-- Adds to several counters of a hash in two calls; `changes` maps field to what is added. One more
+-- field may be renewed in passing: `renew` turns its value ("0" for none) into the new one.
+local function add(tally, changes, field_renewed, renew)
   local fields = {}
   for field, change in pairs(changes) do
     if change ~= 0 then
       fields[#fields + 1] = field
     end
   end
+  if field_renewed then
+    fields[#fields + 1] = field_renewed
+  end
   local values, pairs_of = values_of(tally, fields), {}
   for i = 1, #fields do
-    pairs_of[2 * i - 1] = fields[i]
-    pairs_of[2 * i] = integer(tonumber(values[i] or "0") + changes[fields[i]])
+    local field, value = fields[i], values[i] or "0"
+    pairs_of[2 * i - 1] = field
+    pairs_of[2 * i] = field == field_renewed and renew(value)
+      or integer(tonumber(value) + changes[field])
   end
   write("HSET", tally, pairs_of)
 end

@@ -30,22 +30,30 @@ FLOORS = (
     {"codec"},
     {"scripts"},
     {"wire", "embedded"},
+    {"listen"},
     {"connect"},
-    {"coalesce"},
+    {"coalesce", "hints"},
     {"scope"},
+    {"consuming"},
     {"lease", "outbox", "idempotency", "gate"},  # the hot concepts never import each other
     {"ledger"},
     {"views"},
     {"client"},
-    {"relay", "snapshot"},
+    {"relay", "snapshot", "doctor"},
     {"service"},
     {"demo"},
+    {"load"},  # its processes are started and heard as the demo's are
     {"cli"},
 )
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 
 TALK_TO_REDIS = {"connect", "wire"}
-KNOW_REDIS_ERRORS = TALK_TO_REDIS | {"scripts", "coalesce", "scope"}  # replies hold them as values
+KNOW_REDIS_ERRORS = TALK_TO_REDIS | {
+    "listen",
+    "scripts",
+    "coalesce",
+    "scope",
+}  # replies hold them as values
 START_PROCESSES = {"embedded", "service", "demo", "cli"}
 
 TOP_LEVEL = {

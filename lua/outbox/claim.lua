@@ -8,13 +8,14 @@
 --       6 errors     hash   id -> errors of its attempts
 --       7 claims     hash   claim id -> lease end and the rows it took
 --       8 claims_end zset   claim id -> lease end
---       9 tally      hash   counts
+--       9 tally      hash   counts, and the lease end that was last told
 --      10 fence      string the last fence given
 -- ARGV  1 now_ms     "" for the server's clock
 --       2 route      encoded lane and target, joined by a colon
 --       3 lease_ms   how long the rows are taken for
 --       4 dead_keep_ms    how long dead letters are kept
 --       5 dead_keep_count how many dead letters are kept
+--       6 hint       the channel that hears when a row may be claimed; "" = nobody is told
 -- ITEM  claim_id limit consumer: claim_id = the token of all its rows
 -- REPLY now_ms next_due more damaged, per item: none | claimed fence lease_end rows; a row = id,
 --       doc, attempt_count, claim_count, errors; more = 1 if further rows are due now
@@ -24,13 +25,15 @@
 -- WHY   An expired row whose attempts are used up is buried here, and one that parks becomes
 --       unknown: this is the moment at which it would be handed out again. Entries of the line
 --       without a readable row leave it, or they would block it for ever; `damaged` names them.
+--       A lease end is told only where no earlier one that was told lies ahead: who wakes up at
+--       that one claims, and its reply's next_due leads to the later ones.
 local docs, state, due, dead = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local unknown, errors, claims, claims_end = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local tally, fence = KEYS[9], KEYS[10]
 local now_ms, route, lease_ms = ARGV[1], ARGV[2], ARGV[3]
-local dead_keep_ms, dead_keep_count = ARGV[4], ARGV[5]
+local dead_keep_ms, dead_keep_count, hint = ARGV[4], ARGV[5], ARGV[6]
 
-local FIXED, WIDTH = 5, 3
+local FIXED, WIDTH = 6, 3
 local now, micros = clock(now_ms)
 local lease = whole(lease_ms, 0, LEASE_MS_MAX)
 local dead_age = whole(dead_keep_ms, 0, DURATION_MS_MAX)
@@ -245,13 +248,17 @@ write("ZADD", unknown, unknown_pairs)
 write("HSET", errors, error_pairs)
 write("HDEL", claims, over)
 write("ZREM", claims_end, over)
+local hinted, is_new = hint ~= "" and #rows > 0 and "hinted:" .. route, false
 add(tally, {
   ["pending:" .. route] = -from_pending,
   ["claimed:" .. route] = #rows - from_claimed,
   ["dead_lettered:" .. route] = #buried,
   ["unknown:" .. route] = #parked,
   dead_bytes = dead_bytes,
-})
+}, hinted, function(last)
+  is_new = tonumber(last) <= now or tonumber(last) > lease_end
+  return is_new and lease_end_text or last
+end)
 if #buried > 0 then
   local kept = { docs = docs, state = state, errors = errors, tally = tally, dead = dead }
   forget(kept, "dead", now - dead_age, dead_most, NEVER_MS, 2 * #buried + 10, dead_age)
@@ -260,6 +267,9 @@ local next_due = 0
 if not more then
   local first = redis.call("ZRANGE", due, "0", "0", "WITHSCORES")
   next_due = first[2] and tonumber(first[2]) or 0
+end
+if is_new then
+  tell(hint, route, lease)
 end
 table.insert(reply, 1, damaged)
 table.insert(reply, 1, more and 1 or 0)

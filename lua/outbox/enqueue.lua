@@ -11,6 +11,7 @@
 --       2 route      encoded lane and target, joined by a colon
 --       3 repeated   1 if the caller sent these items before and does not know what became of it
 --       4 window_ms  how long a dedupe key is remembered
+--       5 hint       the channel that hears when a row may be claimed; "" = nobody is told
 -- ITEM  id draft available_at dedupe: draft = header words after created_at, newline, payload;
 --       dedupe = "" or digest and fingerprint, separated by a blank
 -- REPLY now_ms, per item: created | duplicate id header state | conflict id | forgotten
@@ -23,8 +24,9 @@
 local docs, state, due, lanes = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local dedupe, dedupe_end, tally = KEYS[5], KEYS[6], KEYS[7]
 local now_ms, route, repeated, window_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local hint = ARGV[5]
 
-local FIXED, WIDTH = 4, 4
+local FIXED, WIDTH = 5, 4
 local now = clock(now_ms)
 local window = whole(window_ms, 1, DURATION_MS_MAX)
 local count = (#ARGV - FIXED) / WIDTH
@@ -105,7 +107,7 @@ end
 -- Decide: `known` is the document that an id has after the items before it.
 local known, outcomes, held_by = {}, {}, {}
 local doc_pairs, due_pairs, dedupe_pairs, end_pairs = {}, {}, {}, {}
-local created = 0
+local created, soonest = 0, NEVER_MS
 for i = 1, count do
   local base = FIXED + (i - 1) * WIDTH
   local id, draft, available_at = ids[i], ARGV[base + 2], ARGV[base + 3]
@@ -133,6 +135,7 @@ for i = 1, count do
     doc = now_text .. " " .. draft
     known[id] = doc
     created = created + 1
+    soonest = math.min(soonest, available_at == "0" and now or tonumber(available_at))
     local n = 2 * created
     doc_pairs[n - 1], doc_pairs[n] = id, doc
     due_pairs[n - 1], due_pairs[n] = available_at == "0" and now_text or available_at, id
@@ -192,4 +195,7 @@ write("HSET", dedupe, dedupe_pairs)
 write("ZADD", dedupe_end, end_pairs)
 write("HDEL", dedupe, dropped)
 write("ZREM", dedupe_end, dropped)
+if created > 0 then
+  tell(hint, route, soonest - now)
+end
 return reply

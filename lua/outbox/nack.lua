@@ -12,6 +12,7 @@
 --       3 repeated   1 if the caller sent these items before and does not know what became of it
 --       4 dead_keep_ms    how long dead letters are kept
 --       5 dead_keep_count how many dead letters are kept
+--       6 hint       the channel that hears when a row may be claimed; "" = nobody is told
 -- ITEM  id token retry_at permanent error: retry_at = "" for now; permanent = 1 to bury at once;
 --       error = a JSON string
 -- REPLY now_ms, per item: requeued retry_at | dead_lettered | lost_claim | forgotten
@@ -23,9 +24,9 @@
 local docs, state, due, dead = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local unknown, errors, tally = KEYS[5], KEYS[6], KEYS[7]
 local now_ms, route, repeated = ARGV[1], ARGV[2], ARGV[3]
-local dead_keep_ms, dead_keep_count = ARGV[4], ARGV[5]
+local dead_keep_ms, dead_keep_count, hint = ARGV[4], ARGV[5], ARGV[6]
 
-local FIXED, WIDTH = 5, 5
+local FIXED, WIDTH = 6, 5
 local now = clock(now_ms)
 local dead_age = whole(dead_keep_ms, 0, DURATION_MS_MAX)
 local dead_most = whole(dead_keep_count, 0, NEVER_MS)
@@ -66,6 +67,7 @@ local horizon = repeated == "1" and redis.call("HGET", tally, "horizon") or ""
 local reply, now_text = { now }, integer(now)
 local moved, due_pairs, dead_pairs, state_pairs, error_pairs = {}, {}, {}, {}, {}
 local from_claimed, from_unknown, dead_bytes = 0, {}, 0
+local soonest = NEVER_MS
 local handled = {}
 for i = 1, count do
   local base = FIXED + (i - 1) * WIDTH
@@ -85,6 +87,7 @@ for i = 1, count do
       if kind == "requeued" then
         outcome = { "requeued", retries[i] }
         handled[id] = state_line(row, "pending", "requeued", retries[i])
+        soonest = math.min(soonest, retries[i])
         local n = #due_pairs
         due_pairs[n + 1], due_pairs[n + 2] = integer(retries[i]), id
       else
@@ -128,5 +131,8 @@ if #moved > 0 then
   })
   local rows = { docs = docs, state = state, errors = errors, tally = tally, dead = dead }
   forget(rows, "dead", now - dead_age, dead_most, NEVER_MS, 2 * count + 10, dead_age)
+end
+if #due_pairs > 0 then
+  tell(hint, route, soonest - now)
 end
 return reply

@@ -8,6 +8,7 @@
 -- ARGV  1 now_ms   "" for the server's clock
 --       2 route    encoded lane and target, joined by a colon
 --       3 repeated 1 if the caller sent these items before and does not know what became of it
+--       4 hint     the channel that hears when a row may be claimed; "" = nobody is told
 -- ITEM  id
 -- REPLY now_ms, per item: redriven | not_dead status | missing | forgotten
 -- ERRORS LK_ARGUMENT
@@ -16,9 +17,9 @@
 -- WHY   The token goes: an ack by the last holder of a redriven row would end a row that waits
 --       again.
 local docs, state, due, dead, tally = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local now_ms, route, repeated = ARGV[1], ARGV[2], ARGV[3]
+local now_ms, route, repeated, hint = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 
-local FIXED = 3
+local FIXED = 4
 local now = clock(now_ms)
 local count = #ARGV - FIXED
 if not now then
@@ -77,5 +78,6 @@ if #moved > 0 then
     ["pending:" .. route] = #moved,
     dead_bytes = -bytes,
   })
+  tell(hint, route, 0)
 end
 return reply

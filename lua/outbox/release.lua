@@ -7,6 +7,7 @@
 -- ARGV  1 now_ms   "" for the server's clock
 --       2 route    encoded lane and target, joined by a colon
 --       3 repeated 1 if the caller sent these items before and does not know what became of it
+--       4 hint     the channel that hears when a row may be claimed; "" = nobody is told
 -- ITEM  id token
 -- REPLY now_ms, per item: released | lost_claim | forgotten
 -- ERRORS LK_ARGUMENT
@@ -14,9 +15,9 @@
 -- COST  O(m log n) for m items
 -- WHY   A released row lines up at the moment it was claimed, before those that became due since.
 local docs, state, due, tally = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local now_ms, route, repeated = ARGV[1], ARGV[2], ARGV[3]
+local now_ms, route, repeated, hint = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 
-local FIXED, WIDTH = 3, 2
+local FIXED, WIDTH = 4, 2
 local now = clock(now_ms)
 local count = (#ARGV - FIXED) / WIDTH
 if not now then
@@ -68,5 +69,6 @@ if #moved > 0 then
   write("ZADD", due, due_pairs)
   write("HSET", state, state_pairs)
   add(tally, { ["claimed:" .. route] = -#moved, ["pending:" .. route] = #moved })
+  tell(hint, route, 0)
 end
 return reply

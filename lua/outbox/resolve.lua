@@ -16,6 +16,7 @@
 --       6 keep_bytes how many bytes of finished rows are kept; 0 = deleted at once
 --       7 dead_keep_ms    how long dead letters are kept
 --       8 dead_keep_count how many dead letters are kept
+--       9 hint       the channel that hears when a row may be claimed; "" = nobody is told
 -- ITEM  id verdict note: verdict = sent | redrive | dead; note = a JSON string
 -- REPLY now_ms, per item: resolved | not_unknown status | missing | forgotten
 -- ERRORS LK_ARGUMENT
@@ -27,9 +28,9 @@ local docs, state, due, done = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local dead, unknown, errors, tally = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local now_ms, route, repeated = ARGV[1], ARGV[2], ARGV[3]
 local keep_ms, keep_count, keep_bytes = ARGV[4], ARGV[5], ARGV[6]
-local dead_keep_ms, dead_keep_count = ARGV[7], ARGV[8]
+local dead_keep_ms, dead_keep_count, hint = ARGV[7], ARGV[8], ARGV[9]
 
-local FIXED, WIDTH = 8, 3
+local FIXED, WIDTH = 9, 3
 local STATUS = { sent = "sent", redrive = "pending", dead = "dead_lettered" }
 local now = clock(now_ms)
 local age = whole(keep_ms, 0, DURATION_MS_MAX)
@@ -147,5 +148,8 @@ if #moved > 0 then
   add(tally, changes)
   forget(rows, "done", now - age, most, bytes_max, 2 * count + 10, age)
   forget(rows, "dead", now - dead_age, dead_most, NEVER_MS, 2 * count + 10, dead_age)
+end
+if #to_due > 0 then
+  tell(hint, route, 0)
 end
 return reply

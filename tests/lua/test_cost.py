@@ -37,7 +37,10 @@ def claim_and_ack(tenant: Tenant, rows: int, token: str) -> tuple[Counter[str], 
     """The calls of a claim and of an ack of so many fresh rows, on the server's clock."""
     ids = [f"{token[:1]}{i:03}" for i in range(rows)]
     tenant.enqueue(*ids, now_ms="")
-    claim = counted(tenant, "outbox/claim", (token, rows, "a"), now_ms="", lease_ms=10_000)
+    hint = tenant.keys.hint_channel
+    claim = counted(
+        tenant, "outbox/claim", (token, rows, "a"), now_ms="", lease_ms=10_000, hint=hint
+    )
     items = [(id, token) for id in ids]
     keep: dict[str, Field] = {"keep_ms": 1_000_000, "keep_count": 10_000}
     return claim, counted(tenant, "outbox/ack", *items, now_ms="", **keep)
@@ -62,9 +65,23 @@ def test_coalesced_claims_call_the_server_as_often_as_one(real: Tenant) -> None:
     real.enqueue(*(f"c{i:03}" for i in range(100)), now_ms="")
 
     items = [(f"{i:022}", 1, "c") for i in range(100)]
-    many = counted(real, "outbox/claim", *items, now_ms="", lease_ms=10_000)
+    hint = real.keys.hint_channel
+    many = counted(real, "outbox/claim", *items, now_ms="", lease_ms=10_000, hint=hint)
 
     assert many == one
+
+
+def test_a_claim_that_tells_its_lease_end_makes_one_call_more(real: Tenant) -> None:
+    """Once a lease a claim publishes; what it remembers of that costs no call of its own."""
+    claim_and_ack(real, 1, "x" * 22)
+    silent, _ = claim_and_ack(real, 10, "a" * 22)
+    real.enqueue("c1", now_ms="")
+
+    sooner = {"lease_ms": 1_000, "hint": real.keys.hint_channel}
+    telling = counted(real, "outbox/claim", ("c" * 22, 1, "a"), now_ms="", **sooner)
+
+    assert telling - silent == {"publish": 1}
+    assert not silent - telling
 
 
 # --- memory full ----------------------------------------------------------------------------------

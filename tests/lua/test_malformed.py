@@ -39,7 +39,7 @@ BOUNDS = {
     "after_score": (0, 2**53 - 1),
 }
 PURGE_LIMITS = (1, 250)
-TEXTS = {"after", "after_id", "after_route", "prefix", "statuses", "routes"}
+TEXTS = {"after", "after_id", "after_route", "hint", "prefix", "statuses", "routes"}
 
 GOOD: dict[str, list[Item]] = {
     "outbox/enqueue": [row("n1"), row("n2", dedupe="d f")],

@@ -94,7 +94,7 @@ async def turns(count: int = 2) -> None:
         await asyncio.sleep(0)
 
 
-def bind(one: scripts.Script, variant: tuple[Any, ...]) -> Sequence[Any]:
+def bind(one: scripts.Script, variant: tuple[Any, ...], repeat: bool) -> Sequence[Any]:
     return one.bind(dict.fromkeys(one.keys, "k"), dict.fromkeys(one.arguments, "a"))
 
 

@@ -15,6 +15,8 @@ from leasekit.keys import (
     Keys,
     decode_word,
     encode_word,
+    hint_pattern,
+    hint_tenant,
     registry_keys,
     route_of,
     route_parts,
@@ -212,3 +214,17 @@ def test_routes_do_not_run_together() -> None:
     """(a:b, c) and (a, b:c) are two routes."""
     assert route_of("a:b", "c") != route_of("a", "b:c")
     assert route_of("mail", "alice") == "mail:alice"
+
+
+@given(tenants)
+def test_a_hint_channel_gives_its_tenant_back(tenant: tuple[str, str, str | None]) -> None:
+    """The channel of a tenant names it, under its own prefix only, and matches the pattern."""
+    tag = tenant_tag(*tenant)
+    channel = Keys("lk", tag).hint_channel
+
+    assert hint_tenant("lk", channel) == tag
+    assert hint_tenant("l", channel) is None
+    assert hint_tenant("lk", channel + "s") is None
+    start, _, end = hint_pattern("lk").partition("*")
+    assert channel.startswith(start)
+    assert channel.endswith(end)

@@ -1,0 +1,693 @@
+"""Every command of the three concepts, its connection broken in every way: applied once, or told.
+
+A run takes one seed and one tenant through every command. What befalls a command is the seed's choice:
+the fault, how often, whether the server learns of a cut, and whether somebody else acts between the cut
+and the repeat (takes the row over, finishes and forgets it). Each answer is then held against what is
+stored:
+
+- a word of success: applied once, and OutcomeUnknown or an error wherever it was not;
+- the repeat answers as lua/PROTOCOL.md says: the first answer, `lost_claim` after a newer claim,
+  `forgotten` after deletion;
+- a request that was held back is never applied after its repeat; one that is delivered twice changes
+  nothing the second time, also after newer commands;
+- a recount of the tenant finds nothing amiss.
+
+`PYTHONPATH=tests python -m fault.test_repeats --seeds 1000` runs many, and prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fault.proxy import Fault, Plan, Proxy
+from lua.commands import differences, invariants
+from servers import NoServer, Server, ServerProcess, dump
+
+import leasekit
+from leasekit import Leasekit, Tenant
+from leasekit.coalesce import REPEATS_MAX
+from leasekit.codec import new_id, new_token
+from leasekit.errors import LeasekitError, OutcomeUnknown
+from leasekit.model import Retention
+from leasekit.scripts import read_scripts
+
+SMOKE_SEEDS = 60
+WORKERS = 6
+TIMEOUT_MS = 3_000
+HOLD_TIMEOUT_MS = 150  # the client gives up a request that is held back after this
+LEASE_MS = 30_000
+KEEP_NOTHING = Retention(finished_ms=0, dead_ms=0)
+
+UNKNOWN = "unknown"
+
+
+@dataclass
+class World:
+    """One tenant, as the client behind the proxy sees it, as others see it, and as it is stored."""
+
+    server: Server
+    mine: Tenant
+    others: Tenant
+    keeps_nothing: bool
+    chance: random.Random
+
+    def dump(self) -> dict[str, Any]:
+        state = dump(self.server.raw, "lk", self.mine.tag)
+        # Records of claims go by their own time, and by whatever claim comes next.
+        return {key: value for key, value in state.items() if "claims" not in key}
+
+    def line(self, id: str) -> list[str]:
+        """The words of a row's state line; none while it is fresh or gone."""
+        key = self.mine.outbox._scope.keys.outbox_state
+        return (self.server.raw.hget(key, id) or b"").decode().split(" ", 9)
+
+    def errors(self, id: str) -> list[str]:
+        lines = self.server.raw.hget(self.mine.outbox._scope.keys.outbox_errors, id)
+        return lines.decode().split("\n") if lines else []
+
+    def tally(self, status: str, lane: str) -> int:
+        key = self.mine.outbox._scope.keys.outbox_tally
+        return int(self.server.raw.hget(key, f"{status}:{lane}:t") or 0)
+
+    def value(self, key: str, member: str) -> str:
+        keys = self.mine.outbox._scope.keys
+        return (self.server.raw.hget(getattr(keys, key), member) or b"").decode()
+
+
+class Case:
+    """One command: how to come to it, what it does, who comes between, what it must answer.
+
+    `marker` is what its request carries and no other. `applied` counts by what is stored; `history`
+    says which of (applied, rival won) was so before the last repeat.
+    """
+
+    command: str
+    word: str  # of success
+    number = 0
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.mine, self.others = world.mine, world.others
+        Case.number += 1
+        self.lane = f"lane{Case.number}"
+        self.marker = ""
+
+    async def prepare(self) -> None: ...
+
+    async def call(self, repeat: bool) -> str:
+        raise NotImplementedError
+
+    async def rival(self) -> bool:
+        """Somebody else acts; whether that took effect on what the command is about."""
+        raise NotImplementedError
+
+    def applied(self) -> int:
+        raise NotImplementedError
+
+    def expected(self, applied: bool, rival_won: bool) -> str:
+        """The answer to a repeat."""
+        raise NotImplementedError
+
+    def undisturbed(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A state without what a second delivery may change without harm."""
+        return state
+
+    # What several cases begin with.
+
+    async def enqueued(self, **options: Any) -> str:
+        enqueued = await self.others.outbox.enqueue(self.lane, "t", {"n": 1}, **options)
+        return enqueued.row.id
+
+    async def claimed(self, *, lease_ms: int = LEASE_MS) -> Any:
+        rows = await self.others.outbox.claim(
+            self.lane, "t", limit=1, lease_ms=lease_ms, consumer="other"
+        )
+        return rows[0] if rows else None
+
+
+class Enqueue(Case):
+    command, word = "outbox/enqueue", "created"
+
+    async def prepare(self) -> None:
+        self.id = self.marker = new_id()
+        self.dedupe_key = self.world.chance.choice([None, self.lane])
+
+    async def call(self, repeat: bool) -> str:
+        enqueued = await self.mine.outbox.enqueue(
+            self.lane, "t", {"n": 1}, id=self.id, dedupe_key=self.dedupe_key, repeat=repeat
+        )
+        return "created" if enqueued.created else "duplicate"
+
+    async def rival(self) -> bool:
+        claim = await self.claimed()
+        return claim is not None and await claim.ack() == "acked"
+
+    def applied(self) -> int:
+        return sum(self.world.tally(status, self.lane) for status in ("pending", "claimed", "sent"))
+
+    def expected(self, applied: bool, rival_won: bool) -> str:
+        return UNKNOWN if rival_won and self.world.keeps_nothing else "created"
+
+
+class Claim(Case):
+    command, word = "outbox/claim", "claimed"
+
+    async def prepare(self) -> None:
+        self.ids = [await self.enqueued() for _ in range(3)]
+        self.marker = new_token()
+
+    async def call(self, repeat: bool) -> str:
+        rows = await self.mine.outbox.claim(
+            self.lane, "t", limit=2, consumer="me", claim_id=self.marker, repeat=repeat
+        )
+        assert [claim.row.id for claim in rows] in ([], self.ids[:2])
+        return "claimed" if rows else "none"
+
+    async def rival(self) -> bool:
+        rows = await self.others.outbox.claim(self.lane, "t", limit=3, consumer="other")
+        return len(rows) == 3
+
+    def applied(self) -> int:
+        mine = [line for line in map(self.world.line, self.ids) if line[2:3] == [self.marker]]
+        assert len(mine) in (0, 2)
+        return sum(int(line[6]) for line in mine) // 2
+
+    def expected(self, applied: bool, rival_won: bool) -> str:
+        return "none" if rival_won else "claimed"
+
+
+class _Finish(Case):
+    """What a holder says of its row, by the row's id and its token; a rival claims the row anew."""
+
+    attempts: int | None = None
+
+    async def prepare(self) -> None:
+        await self.enqueued(max_attempts=self.attempts)
+        claim = await self.claimed(lease_ms=self.lease_ms())
+        self.id, self.marker = claim.row.id, claim.token
+        await asyncio.sleep(0.002)  # so that a lease of a millisecond is over
+
+    def lease_ms(self) -> int:
+        return self.world.chance.choice([1, LEASE_MS])
+
+    async def rival(self) -> bool:
+        return await self.claimed() is not None
+
+
+class Ack(_Finish):
+    command, word = "outbox/ack", "acked"
+
+    async def call(self, repeat: bool) -> str:
+        return await self.mine.outbox.ack(self.id, self.marker, repeat=repeat)
+
+    def applied(self) -> int:
+        return self.world.tally("sent", self.lane)
+
+    def expected(self, applied: bool, rival_won: bool) -> str:
+        if applied:
+            return "forgotten" if self.world.keeps_nothing else "acked"
+        return "lost_claim" if rival_won else "acked"
+
+
+class Nack(_Finish):
+    command, word = "outbox/nack", "requeued"
+
+    async def call(self, repeat: bool) -> str:
+        return await self.mine.outbox.nack(self.id, self.marker, error="no", repeat=repeat)
+
+    def applied(self) -> int:
+        return len(self.world.errors(self.id))
+
+    def expected(self, applied: bool, rival_won: bool) -> str:
+        return "lost_claim" if rival_won else "requeued"
+
+
+class Bury(_Finish):
+    command, word = "outbox/nack", "dead_lettered"
+
+    async def call(self, repeat: bool) -> str:
+        return await self.mine.outbox.nack(
+            self.id, self.marker, error="no", permanent=True, repeat=repeat
+        )
+
+    def applied(self) -> int:
+        gone = self.world.keeps_nothing and len(self.world.line(self.id)) < 2
+        return 1 if gone else len(self.world.errors(self.id))
+
+    def expected(self, applied: bool, rival_won: bool) -> str:
+        if applied:
+            return "forgotten" if self.world.keeps_nothing else "dead_lettered"
+        return "lost_claim" if rival_won else "dead_lettered"
+
+
+class Release(_Finish):
+    command, word = "outbox/release", "released"
+
+    async def call(self, repeat: bool) -> str:
+        return await self.mine.outbox.release(self.id, self.marker, repeat=repeat)
+
+    def applied(self) -> int:
+        words = self.world.line(self.id)
+        return int(words[6]) - int(words[5])  # claims, less the attempts that count
+
+    def expected(self, applied: bool, rival_won: bool) -> str:
+        return "lost_claim" if rival_won else "released"
+
+
+class Extend(_Finish):
+    command, word = "outbox/extend", "extended"
+
+    async def prepare(self) -> None:
+        await super().prepare()
+        self.end = int(self.world.line(self.id)[3])
+        self.was_extended = False
+
+    def lease_ms(self) -> int:
+        return LEASE_MS
+
+    async def call(self, repeat: bool) -> str:
+        return await self.mine.outbox.extend(
+            self.id, self.marker, lease_ms=2 * LEASE_MS, repeat=repeat
+        )
+
+    async def rival(self) -> bool:
+        await self.others.outbox.release(self.id, self.marker)
+        return await self.claimed() is not None
+
+    def applied(self) -> int:
+        words = self.world.line(self.id)
+        if words[2] == self.marker:
+            self.was_extended = int(words[3]) > self.end
+        return int(self.was_extended)
+
+    def expected(self, applied: bool, rival_won: bool) -> str:
+        return "lost_claim" if rival_won else "extended"
+
+    def undisturbed(self, state: dict[str, Any]) -> dict[str, Any]:
+        without = {key: dict(value) for key, value in state.items() if isinstance(value, dict)}
+        for key in ("outbox:state", f"outbox:due:{self.lane}:t"):
+            without[key].pop(self.id, None)
+        return without
+
+
+class Cancel(Case):
+    command, word = "outbox/cancel", "cancelled"
+
+    async def prepare(self) -> None:
+        self.id = self.marker = await self.enqueued()
+
+    async def call(self, repeat: bool) -> str:
+        return await self.mine.outbox.cancel(self.id, repeat=repeat)
+
+    async def rival(self) -> bool:
+        return await self.claimed() is not None
+
+    def applied(self) -> int:
+        return self.world.tally("cancelled", self.lane)
+
+    def expected(self, applied: bool, rival_won: bool) -> str:
+        if applied:
+            return "forgotten" if self.world.keeps_nothing else "cancelled"
+        return "not_pending" if rival_won else "cancelled"
+
+
+class Acquire(Case):
+    command, word = "lease/acquire", "acquired"
+
+    async def prepare(self) -> None:
+        self.marker = new_token()
+
+    async def call(self, repeat: bool) -> str:
+        taken = await self.mine.leases.acquire(
+            self.lane, ttl_ms=LEASE_MS, owner="me", token=self.marker, repeat=repeat
+        )
+        if taken.lease is not None:
+            assert self.words()[2] == str(taken.lease.fence), "the answer is not the first grant"
+        return taken.outcome
+
+    def words(self) -> list[str]:
+        return self.world.value("lease_docs", self.lane).split(" ")
+
+    async def rival(self) -> bool:
+        taken = await self.others.leases.acquire(self.lane, ttl_ms=LEASE_MS, owner="other")
+        return taken.lease is not None
+
+    def applied(self) -> int:
+        return int(self.words()[1:2] == [self.marker])
+
+    def expected(self, applied: bool, rival_won: bool) -> str:
+        return "busy" if rival_won else "acquired"
+
+
+class _Held(Acquire):
+    """What the holder of a lease asks."""
+
+    async def prepare(self) -> None:
+        taken = await self.others.leases.acquire(self.lane, ttl_ms=LEASE_MS, owner="me")
+        assert taken.lease is not None
+        self.marker, self.end = taken.lease.token, taken.lease.expires_at_ms
+        self.was_applied = False
+        await asyncio.sleep(0.002)
+
+
+class ExtendLease(_Held):
+    command, word = "lease/extend", "extended"
+
+    async def call(self, repeat: bool) -> str:
+        return await self.mine.leases.extend(
+            self.lane, self.marker, ttl_ms=2 * LEASE_MS, repeat=repeat
+        )
+
+    async def rival(self) -> bool:
+        await self.others.leases.release(self.lane, self.marker)
+        return await super().rival()
+
+    def applied(self) -> int:
+        words = self.words()
+        if words[1] == self.marker:
+            self.was_applied = int(words[4]) > self.end
+        return int(self.was_applied)
+
+    def expected(self, applied: bool, rival_won: bool) -> str:
+        return "lost" if rival_won else "extended"
+
+    def undisturbed(self, state: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: value for key, value in state.items() if key not in ("lease:docs", "lease:due")
+        }
+
+
+class ReleaseLease(_Held):
+    command, word = "lease/release", "released"
+
+    async def call(self, repeat: bool) -> str:
+        return await self.mine.leases.release(self.lane, self.marker, repeat=repeat)
+
+    def applied(self) -> int:
+        words = self.words()
+        return int(words[0] == "released" or words[1] != self.marker)
+
+    def expected(self, applied: bool, rival_won: bool) -> str:
+        return "lost" if rival_won else "released"
+
+
+class Reserve(Case):
+    command, word = "idempotency/reserve", "reserved"
+
+    async def prepare(self) -> None:
+        self.marker = new_token()
+
+    async def call(self, repeat: bool) -> str:
+        reservation = await self.mine.idempotency.reserve(
+            "op", self.lane, owner="me", fingerprint="f", token=self.marker, repeat=repeat
+        )
+        return reservation.outcome
+
+    async def reserved(self) -> Any:
+        return await self.others.idempotency.reserve(
+            "op", self.lane, owner="other", fingerprint="f"
+        )
+
+    async def rival(self) -> bool:
+        return (await self.reserved()).token is not None
+
+    def record(self) -> list[str]:
+        """The record's words, and its outcome as the last of them."""
+        name = self.mine.idempotency._record_id("op", self.lane)
+        lines = self.world.value("idempotency_docs", name).split("\n")
+        return [*lines[0].split(" "), lines[-1]]
+
+    def applied(self) -> int:
+        return int(self.record()[1] == self.marker)
+
+    def expected(self, applied: bool, rival_won: bool) -> str:
+        return "duplicate" if rival_won else "reserved"
+
+
+class Complete(Reserve):
+    command, word = "idempotency/complete", "completed"
+
+    async def prepare(self) -> None:
+        self.marker = (await self.reserved()).token
+
+    async def call(self, repeat: bool) -> str:
+        return await self.mine.idempotency.complete(
+            "op", self.lane, {"n": 1}, token=self.marker, repeat=repeat
+        )
+
+    async def rival(self) -> bool:
+        await self.others.idempotency.reserve("op", self.lane, owner="other", fingerprint="g")
+        return False
+
+    def applied(self) -> int:
+        return int('"n":1' in self.record()[-1])
+
+    def expected(self, applied: bool, rival_won: bool) -> str:
+        return "completed"
+
+    def undisturbed(self, state: dict[str, Any]) -> dict[str, Any]:
+        # A second completion that is not marked as a repeat writes the same outcome, and when it came.
+        return {key: value for key, value in state.items() if key != "idempotency:docs"}
+
+
+class ReleaseKey(Reserve):
+    command, word = "idempotency/release", "released"
+
+    async def prepare(self) -> None:
+        self.marker = (await self.reserved()).token
+
+    async def call(self, repeat: bool) -> str:
+        return await self.mine.idempotency.release(
+            "op", self.lane, token=self.marker, repeat=repeat
+        )
+
+    def applied(self) -> int:
+        words = self.record()
+        return int(words[0] == "released" or words[1] != self.marker)
+
+    def expected(self, applied: bool, rival_won: bool) -> str:
+        return "lost" if rival_won else "released"
+
+
+CASES: list[type[Case]] = [
+    *(Enqueue, Claim, Ack, Nack, Bury, Extend, Release, Cancel),
+    *(Acquire, ExtendLease, ReleaseLease, Reserve, Complete, ReleaseKey),
+]
+
+
+@dataclass
+class Table:
+    """What happened, by command and fault."""
+
+    cells: dict[tuple[str, Fault], Counter[str]] = field(default_factory=dict)
+
+    def note(self, case: Case, fault: Fault, what: str) -> None:
+        name = case.command + (" permanent" if isinstance(case, Bury) else "")
+        self.cells.setdefault((name, fault), Counter())[what] += 1
+
+    def total(self, what: str) -> int:
+        return sum(cell[what] for cell in self.cells.values())
+
+    def __str__(self) -> str:
+        columns = ("runs", "applied once", "not applied", "OutcomeUnknown", "copy made anew")
+        lines = [f"{'command':24} {'fault':26}" + "".join(f"{column:>16}" for column in columns)]
+        for (command, fault), cell in sorted(self.cells.items()):
+            counts = "".join(f"{cell[column]:16}" for column in columns)
+            lines.append(f"{command:24} {fault:26}{counts}")
+        counts = "".join(f"{self.total(column):16}" for column in columns)
+        return "\n".join([*lines, f"{'all':51}{counts}"])
+
+
+@dataclass
+class Bench:
+    """A server behind proxies: a client for cuts, one with a short patience, and others' direct one."""
+
+    server: Server
+    clients: dict[tuple[bool, bool], tuple[Proxy, Leasekit]]
+    direct: dict[bool, Leasekit]
+
+
+@asynccontextmanager
+async def open_bench(server: Server) -> AsyncIterator[Bench]:
+    async with AsyncExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="lk-"))
+        bench = Bench(server, {}, {})
+        for keeps_nothing in (False, True):
+            retention = KEEP_NOTHING if keeps_nothing else Retention()
+            bench.direct[keeps_nothing] = await stack.enter_async_context(
+                leasekit.connect(server.url, retention=retention)
+            )
+            for holds in (False, True):
+                path = str(Path(directory, f"{keeps_nothing:d}{holds:d}"))
+                proxy = await stack.enter_async_context(
+                    Proxy(path, server.url.removeprefix("unix://"))
+                )
+                kit = await stack.enter_async_context(
+                    leasekit.connect(
+                        proxy.url,
+                        retention=retention,
+                        timeout_ms=HOLD_TIMEOUT_MS if holds else TIMEOUT_MS,
+                    )
+                )
+                bench.clients[keeps_nothing, holds] = proxy, kit
+        yield bench
+
+
+async def run_seed(bench: Bench, seed: int, table: Table) -> None:
+    """One tenant through every command."""
+    chance = random.Random(seed)
+    keeps_nothing = chance.random() < 0.5
+    name = f"r{seed}"
+    tag = ""
+    for kind in chance.sample(CASES, len(CASES)):
+        fault = chance.choice(list(Fault))
+        proxy, kit = bench.clients[keeps_nothing, fault is Fault.HOLD]
+        world = World(
+            bench.server,
+            kit.tenant(name, "w"),
+            bench.direct[keeps_nothing].tenant(name, "w"),
+            keeps_nothing,
+            chance,
+        )
+        tag = world.mine.tag
+        case = kind(world)
+        try:
+            await run_case(case, fault, proxy, table)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}, {case.command}, {fault}: {error}") from error
+    invariants(dump(bench.server.raw, "lk", tag))
+
+
+async def run_case(case: Case, fault: Fault, proxy: Proxy, table: Table) -> None:
+    chance, world = case.world.chance, case.world
+    await case.prepare()
+    history = {"applied": False, "rival": False}
+    comes_between = chance.random() < 0.5 and fault not in (Fault.CUT_AFTER_REPLY, Fault.COPY)
+
+    async def meanwhile() -> None:
+        if comes_between and not plan_has_run.is_set():
+            history["applied"] = case.applied() > 0
+            history["rival"] = await case.rival()
+        plan_has_run.set()
+        history["applied"] = case.applied() > 0
+
+    plan_has_run = asyncio.Event()
+    sha = read_scripts()[case.command].sha(shebang=world.server.knows_flags).encode()
+    marker = case.marker.encode()
+    can_recur = fault in (Fault.CUT_BEFORE, Fault.CUT_AFTER, Fault.CUT_IN_REPLY)
+    plan = Plan(
+        lambda words: words[0] == b"EVALSHA" and words[1] == sha and marker in words,
+        fault,
+        times=chance.choice([1, 1, 1, 2, REPEATS_MAX + 1]) if can_recur else 1,
+        cut_at=chance.random(),
+        keeps_upstream=chance.random() < 0.5,
+        meanwhile=meanwhile if can_recur else None,
+    )
+    proxy.arm(plan)
+    answer = await answer_of(case.call, False)
+    proxy.arm(None)
+    assert plan.struck == plan.times, f"struck {plan.struck} of {plan.times}"
+    applied = case.applied()
+    assert applied <= 1, f"{answer}, applied {applied} times"
+
+    if plan.times > REPEATS_MAX:
+        assert answer == UNKNOWN, f"{answer} after {plan.times} lost replies"
+    elif fault is Fault.HOLD and answer == UNKNOWN:
+        pass  # A slow machine may need longer than the short patience of this client.
+    else:
+        wanted = case.expected(history["applied"], history["rival"]) if can_recur else case.word
+        assert answer == wanted, f"answered {answer}, not {wanted}; {history}"
+    if answer == case.word:
+        assert applied == 1, f"answered {answer} without being applied"
+    table.note(case, fault, "runs")
+    table.note(case, fault, "applied once" if applied else "not applied")
+    if answer == UNKNOWN:
+        table.note(case, fault, "OutcomeUnknown")
+        # The caller asks by name: now it learns, or is told that nobody can know.
+        again = await answer_of(case.call, True)
+        wanted = case.expected(history["applied"], history["rival"])
+        assert again == wanted, f"asked by name: {again}, not {wanted}; {history}"
+        assert case.applied() <= 1
+
+    if fault is Fault.HOLD:
+        before = world.dump()
+        assert set(await proxy.let_go()) == {None}, (
+            "the server took an old request after its repeat"
+        )
+        assert world.dump() == before
+    if fault is Fault.COPY:
+        forgotten = chance.random() < 0.5 and await case.rival() and world.keeps_nothing
+        before = case.undisturbed(world.dump())
+        await proxy.deliver_copy(plan.requests[0])
+        changes = differences(before, case.undisturbed(world.dump()))
+        if isinstance(case, Enqueue) and forgotten and case.dedupe_key is None:
+            # Not marked as a repeat, without a dedupe key, of a row that nobody remembers.
+            assert case.applied() == 2
+            table.note(case, fault, "copy made anew")
+        else:
+            assert not changes, f"the second delivery changed {changes}"
+
+
+async def answer_of(call: Callable[[bool], Awaitable[str]], repeat: bool) -> str:
+    """The word of an answer; an error's name, and UNKNOWN for OutcomeUnknown."""
+    try:
+        return str(await call(repeat))
+    except OutcomeUnknown:
+        return UNKNOWN
+    except LeasekitError as error:
+        return type(error).__name__
+
+
+async def run_seeds(server: Server, seeds: int, first: int = 0) -> Table:
+    """Some runs at a time, so that waiting for one is not waiting for all."""
+    table, waiting = Table(), iter(range(first, first + seeds))
+
+    async def work() -> None:
+        async with open_bench(server) as bench:
+            for seed in waiting:
+                await run_seed(bench, seed, table)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(min(WORKERS, seeds)):
+            group.create_task(work())
+    return table
+
+
+@pytest.mark.parametrize("kind", ["valkey-9", "redis-6.2"])
+async def test_every_command_survives_every_fault(
+    kind: str, running: Callable[[str], ServerProcess]
+) -> None:
+    """Applied at most once, told truly, and nothing is left amiss."""
+    table = await run_seeds(running(kind), SMOKE_SEEDS)
+    assert table.total("runs") == SMOKE_SEEDS * len(CASES)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=1_000)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--server", default="valkey-9")
+    given = parser.parse_args()
+    try:
+        process = ServerProcess(given.server)
+    except NoServer as error:
+        parser.error(str(error))
+    process.start()
+    try:
+        print(asyncio.run(run_seeds(process, given.seeds, given.first)))  # noqa: T201
+    finally:
+        process.stop()
+
+
+if __name__ == "__main__":
+    main()
