@@ -30,12 +30,13 @@ class Role(Protocol):
 
 
 def say(report: msgspec.Struct) -> None:
-    """Report to the parent; waits where it does not read, ends the process where it is gone."""
+    """Report to the parent; waits where it does not read, and tells nobody where it is gone: then
+    the orders end as well, and the process with them, after it has tidied up."""
     try:
         sys.stdout.buffer.write(messages.encode(report))
         sys.stdout.buffer.flush()
     except BrokenPipeError:
-        os._exit(EXIT_TROUBLE)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 async def live(role_of: Callable[[Setup], Role]) -> None:

@@ -606,6 +606,7 @@ class NamesMachine(Machine):
         assert self.run(asked) == expected
 
 
+@pytest.mark.timeout(600)  # finding a failure is quick, making it small may take minutes
 @pytest.mark.parametrize("kind", [OutboxMachine, NamesMachine])
 def test_the_real_thing_behaves_as_the_model(server: Server, kind: type[Machine]) -> None:
     """Outbox, leases and idempotency keys of two tenants, on the caller's clock."""
