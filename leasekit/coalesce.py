@@ -150,6 +150,8 @@ class Coalescer:
         self._returned: list[_Part] = []
         self._link: _Link = (None, None)
         self._left_behind: set[_Link] = set()
+        self.repeats = 0
+        """Calls that were sent again after a lost reply, so far."""
         self._reconnecting: asyncio.Task[None] | None = None
         self._idle: asyncio.Future[None] | None = None
         self._is_closing = False
@@ -430,6 +432,7 @@ class Coalescer:
             else:
                 over.append(call)
         if again:
+            self.repeats += 0 if reads else len(again)
             self._returned.append((group if reads else group.repeating(), again))
         self._fail_lost(group, over, str(error))
 
