@@ -31,7 +31,7 @@ LIMIT_DEFAULT = 20
 HELP = (
     "Claims, leases and idempotency keys on Redis or Valkey.\n\n"
     "To see it work: leasekit demo. To look at a server: leasekit counts --url redis://localhost. "
-    "All commands but the demo only read, and hide payloads unless told otherwise."
+    "What changes something asks first, or takes --yes. Payloads are hidden unless told otherwise."
 )
 EPILOGUE = (
     "Exit codes: 0 all is well. 1 a promise was broken, or data is damaged. 2 the command or its "
@@ -383,3 +383,7 @@ def _options(**values: object) -> list[str]:
 
 def _write_json(document: Document) -> None:
     sys.stdout.write(msgspec.json.encode(document).decode() + "\n")
+
+
+# Registers the operators' commands, which take their options and their form from above.
+from leasekit.cli import operating  # noqa: E402, F401
