@@ -58,6 +58,7 @@ class World:
     server: Server
     mine: Tenant
     others: Tenant
+    keeper: Tenant  # one more of the others, who keeps what is finished
     keeps_nothing: bool
     chance: random.Random
 
@@ -321,6 +322,83 @@ class Cancel(Case):
         return "not_pending" if rival_won else "cancelled"
 
 
+class Redrive(Case):
+    """A rival claims the row and buries it again: the order was not about that."""
+
+    command, word = "outbox/redrive", "redriven"
+
+    async def prepare(self) -> None:
+        self.id = self.marker = await self.enqueued()
+        token = (await self.claimed()).token
+        await self.world.keeper.outbox.nack(self.id, token, error="no", permanent=True)
+        self.count = 0
+
+    async def call(self, repeat: bool) -> str:
+        return await self.mine.outbox.redrive(
+            self.id, claim_count=1 if repeat else None, repeat=repeat
+        )
+
+    async def rival(self) -> bool:
+        claim = await self.claimed()
+        if claim is not None and self.world.chance.random() < 0.7:
+            self.applied()
+            await claim.nack(error="no", permanent=True)
+        return claim is not None
+
+    def applied(self) -> int:
+        words = self.world.line(self.id)
+        if len(words) > 1:  # else it is gone: what was counted before counts
+            self.count = int(words[6]) - 1 + (words[1] == "redriven")
+        return self.count
+
+    def expected(self, applied: bool, rival_won: bool) -> str:
+        if rival_won:
+            return "not_dead" if len(self.world.line(self.id)) > 1 else "forgotten"
+        return "redriven"
+
+
+class Resolve(Case):
+    """A rival claims the row that is sent again and vanishes too: the verdict was not about that."""
+
+    command, word = "outbox/resolve", "resolved"
+
+    async def prepare(self) -> None:
+        self.verdict = self.world.chance.choice(["sent", "redrive", "dead"])
+        self.id = self.marker = await self.enqueued(on_expiry="park")
+        assert await self.vanished()
+
+    async def vanished(self) -> bool:
+        """A claimer takes the row and is not heard of again; a later claim notes it."""
+        claim = await self.claimed(lease_ms=1)
+        await asyncio.sleep(0.003)
+        await self.claimed()
+        return claim is not None
+
+    async def call(self, repeat: bool) -> str:
+        return await self.mine.outbox.resolve(
+            self.id,
+            self.verdict,
+            actor="me",
+            reason="seen",
+            claim_count=1 if repeat else None,
+            repeat=repeat,
+        )
+
+    async def rival(self) -> bool:
+        return await self.vanished()
+
+    def applied(self) -> int:
+        if self.world.keeps_nothing and len(self.world.line(self.id)) < 2:
+            return 1
+        return sum(" resolved_" in line for line in self.world.errors(self.id))
+
+    def expected(self, applied: bool, rival_won: bool) -> str:
+        if rival_won:
+            return "not_unknown"
+        gone = applied and self.world.keeps_nothing and self.verdict != "redrive"
+        return "forgotten" if gone else "resolved"
+
+
 class Acquire(Case):
     command, word = "lease/acquire", "acquired"
 
@@ -480,7 +558,7 @@ class ReleaseKey(Reserve):
 
 
 CASES: list[type[Case]] = [
-    *(Enqueue, Claim, Ack, Nack, Bury, Extend, Release, Cancel),
+    *(Enqueue, Claim, Ack, Nack, Bury, Extend, Release, Cancel, Redrive, Resolve),
     *(Acquire, ExtendLease, ReleaseLease, Reserve, Complete, ReleaseKey),
 ]
 
@@ -556,6 +634,7 @@ async def run_seed(bench: Bench, seed: int, table: Table) -> None:
             bench.server,
             kit.tenant(name, "w"),
             bench.direct[keeps_nothing].tenant(name, "w"),
+            bench.direct[False].tenant(name, "w"),
             keeps_nothing,
             chance,
         )
