@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from leasekit.client import Leasekit, Tenant
 from leasekit.doctor import read_state
 from leasekit.errors import InvalidInput
 from leasekit.keys import Keys
-from leasekit.model import Row, RowStatus
+from leasekit.model import Page, Row, RowStatus
 
 __all__ = [
     "Filter",
@@ -39,7 +39,9 @@ CAUSES = ("nacked", "permanent", "expired", "resolved")
 PURGED = ("finished", "dead", "keys")
 UNITS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
 
-Progress = Callable[[int], None]
+# Called with how many were done so far, and of how many; None: that is not known.
+Progress = Callable[[int, int | None], None]
+Changing = Callable[[Row], Awaitable[Any]]
 
 
 def duration_ms(text: str, field: str) -> int:
@@ -95,7 +97,7 @@ async def redrive(
     progress: Progress,
 ) -> Document:
     """Dead letters wait again: one, or those that a filter takes, at most `limit` of them."""
-    change = None if dry_run else tenant.outbox.redrive
+    change: Changing | None = None if dry_run else lambda row: tenant.outbox.redrive(row.id)
     if id is not None:
         return await _one(kit, tenant, id, change, RowStatus.DEAD_LETTERED)
     return await _many(
@@ -115,7 +117,7 @@ async def cancel(
     progress: Progress,
 ) -> Document:
     """Pending rows leave the line for good: one, or those that a filter takes."""
-    change = None if dry_run else tenant.outbox.cancel
+    change: Changing | None = None if dry_run else lambda row: tenant.outbox.cancel(row.id)
     if id is not None:
         return await _one(kit, tenant, id, change, RowStatus.PENDING)
     return await _many(kit, tenant, RowStatus.PENDING, wanted, limit, cursor, change, progress)
@@ -133,12 +135,12 @@ async def _row(kit: Leasekit, tenant: Tenant, id: str) -> Row:
 
 
 async def _one(
-    kit: Leasekit, tenant: Tenant, id: str, change: Callable[..., Any] | None, status: RowStatus
+    kit: Leasekit, tenant: Tenant, id: str, change: Changing | None, status: RowStatus
 ) -> Document:
     row = await _row(kit, tenant, id)
     if row.status is not status:
         raise NotThere(f"row {id} is {row.status.value}, not {status.value}: nothing was changed")
-    outcome = "would_change" if change is None else (await change(id)).value
+    outcome = "would_change" if change is None else (await change(row)).value
     if outcome in ("missing", "forgotten", "not_dead", "not_pending"):
         raise NotThere(f"row {id} has moved on meanwhile ({outcome}): nothing was changed")
     return _result(tenant, change is None, Counter({outcome: 1}), [id], None)
@@ -151,35 +153,45 @@ async def _many(
     wanted: Filter,
     limit: int,
     cursor: str | None,
-    change: Callable[..., Any] | None,
+    change: Changing | None,
     progress: Progress,
 ) -> Document:
     codec.check_whole(limit, "limit", 1, 1_000_000)
-    if cursor is None and not (await tenant.outbox.counts()).lanes:
+    counts = await tenant.outbox.counts(lane=wanted.lane, target=wanted.target)
+    if not counts.lanes:
         await check_known(kit, tenant)
+    total = counts.pending if status is RowStatus.PENDING else counts.dead_lettered
+    looked_at = 0
     outcomes: Counter[str] = Counter()
     shown: list[str] = []
     now_ms = await kit.now_ms()
     while True:
+        page = await _page(tenant, status, wanted, PAGE_ROWS, cursor)
+        taken = [at for at, row in enumerate(page.items, 1) if wanted.takes(row, now_ms)]
         left = limit - outcomes.total()
-        page = await tenant.outbox.list(
-            status=status,
-            lane=wanted.lane,
-            target=wanted.target,
-            limit=min(PAGE_ROWS, left),
-            cursor=cursor,
-        )
-        ids = [row.id for row in page.items if wanted.takes(row, now_ms)]
+        if len(taken) > left:
+            # Once more, and no further than the last row that is wanted: its cursor goes on there.
+            page = await _page(tenant, status, wanted, taken[left - 1], cursor)
+        rows = [row for row in page.items if wanted.takes(row, now_ms)]
         if change is None:
-            outcomes["would_change"] += len(ids)
+            outcomes["would_change"] += len(rows)
         else:
-            for outcome in await asyncio.gather(*[change(id) for id in ids]):
+            for outcome in await asyncio.gather(*[change(row) for row in rows]):
                 outcomes[outcome.value] += 1
-        shown += ids[: SHOWN_MAX - len(shown)]
-        progress(len(page.items))
+        shown += [row.id for row in rows[: SHOWN_MAX - len(shown)]]
+        looked_at += len(page.items)
+        progress(looked_at, max(total, looked_at))
         cursor = page.next_cursor
         if cursor is None or outcomes.total() >= limit:
             return _result(tenant, change is None, outcomes, shown, cursor)
+
+
+async def _page(
+    tenant: Tenant, status: RowStatus, wanted: Filter, limit: int, cursor: str | None
+) -> Page[Row]:
+    return await tenant.outbox.list(
+        status=status, lane=wanted.lane, target=wanted.target, limit=limit, cursor=cursor
+    )
 
 
 def _result(
@@ -328,7 +340,7 @@ async def purge(
                 before_ms=before_ms, dead=what == "dead", limit=min(PAGE_ROWS, limit - deleted)
             )
             deleted += gone
-            progress(gone)
+            progress(deleted, min(due, limit))
             if not gone:
                 break
         left = max(due - deleted, 0)

@@ -27,6 +27,7 @@ MEMORY_WARN = 0.8
 MEMORY_FAIL = 0.95
 TENANTS_A_PAGE = 1_000
 TENANTS_NAMED = 5
+FINDINGS_MAX = 1_000
 TENANT_NEVER = "doctor.asks"  # only named when rights are asked for; nothing is written to it
 
 Facts = Mapping[str, str]
@@ -273,6 +274,10 @@ async def check_data(
             kit.backend, kit.prefix, tag, keys_found=found.get(tag, set()), on_progress=progress
         ):
             count += 1
+            if count > FINDINGS_MAX:
+                what = f"more than {FINDINGS_MAX} findings: the rest was not looked for"
+                yield Check(f"data of {name}", "fail", what, "restore this tenant from a backup")
+                break
             where = f"{finding.key} {finding.id}" if finding.id else finding.key
             what = f"{finding.kind} at {where}: {finding.what}"
             yield Check(f"data of {name}", "fail", what, finding.advice)

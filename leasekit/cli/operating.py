@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import getpass
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Coroutine, Iterator
@@ -228,8 +229,15 @@ def doctor(*, deep: bool = False, common: Common = COMMON) -> int:
                 tenant = await tenant_named(kit, common.tenant) if common.tenant else None
                 if tenant is not None:
                     await check_known(kit, tenant)
-                with _progress(common, console, "entries", None) as progress:
-                    checks += [one async for one in checkup.check_data(kit, tenant, progress)]
+                looked_at = 0
+                with _progress(common, "entries") as progress:
+
+                    def look_on(count: int) -> None:
+                        nonlocal looked_at
+                        looked_at += count
+                        progress(looked_at, None)
+
+                    checks += [one async for one in checkup.check_data(kit, tenant, look_on)]
             return checkup.as_document(kit, checks)
 
     document = _run(examine())
@@ -349,7 +357,8 @@ def purge(
         )  # fmt: skip
 
     order = f"delete {what} older than {older_than}"
-    _change(common, change, order, act, ["purge", what, "--older-than", older_than])
+    asked = _options(older_than=older_than, limit=None if limit == PURGE_DEFAULT else limit)
+    _change(common, change, order, act, ["purge", what, *asked])
 
 
 @release_app.command(name="row")
@@ -510,7 +519,7 @@ def _change(
             tenant = await tenant_named(kit, common.tenant)
             if not change.dry_run and not change.yes:
                 await _ask(f"{order} of tenant {common.tenant}?")
-            with _progress(common, console, "looked at", None) as progress:
+            with _progress(common, "looked at") as progress:
                 return await act(kit, tenant, progress)
 
     document = _run(open_and_act())
@@ -541,7 +550,7 @@ def _going_on(common: Common, command: list[str], change: Change, cursor: str | 
     words = ["leasekit", *command]
     has_secret = bool(common.url and "@" in common.url)
     words += _options(
-        url=None if has_secret else common.url,
+        url=None if has_secret or common.url == os.environ.get("LEASEKIT_URL") else common.url,
         prefix=None if common.prefix == COMMON.prefix else common.prefix,
         tenant=common.tenant,
         cursor=cursor,
@@ -566,20 +575,18 @@ def _outcome_line(document: Document) -> str:
 
 
 @contextmanager
-def _progress(
-    common: Common, console: Console, title: str, total: int | None
-) -> Iterator[changing.Progress]:
+def _progress(common: Common, title: str) -> Iterator[changing.Progress]:
     """A bar on a terminal; silence elsewhere."""
     shown = Console(stderr=True)
     if common.json or not shown.is_terminal:
-        yield lambda count: None
+        yield lambda done, total: None
         return
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
         console=shown, transient=True,
     ) as bar:  # fmt: skip
-        task = bar.add_task(title, total=total)
-        yield lambda count: bar.advance(task, count)
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _say(console: Console, line: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 from servers import Server, ServerProcess, dump
 
 import leasekit
-from leasekit.cli import app, checkup, looking, operating
+from leasekit.cli import app, changing, checkup, looking, operating
 from leasekit.connect import ServerInfo
 
 SECRET = "payload-of-somebody"
@@ -295,6 +295,36 @@ def test_redrive_goes_on_where_it_stopped(run: Run, shop: SimpleNamespace) -> No
     assert "dead_lettered" not in statuses(run, shop).values()
 
 
+async def test_long_changes_tell_how_far_they_are(server: Server, tenant_name: str) -> None:
+    """After each page: how many were looked at or deleted, of how many."""
+    async with leasekit.connect(server.url) as kit:
+        tenant = kit.tenant(tenant_name, "w")
+        drafts = [leasekit.Draft(lane="l", target="t", payload=i) for i in range(300)]
+        await tenant.outbox.enqueue_many(drafts)
+        told: list[tuple[int, int | None]] = []
+        document = await changing.cancel(
+            kit, tenant, id=None, wanted=changing.Filter(lane="l"), limit=1_000, cursor=None,
+            dry_run=False, progress=lambda done, total: told.append((done, total)),
+        )  # fmt: skip
+        assert document["outcomes"] == {"cancelled": 300}
+        assert told == [(250, 300), (300, 300)]
+        told.clear()
+        await changing.purge(
+            kit, tenant, "finished", older_than_ms=0, unfinished=False, limit=260,
+            dry_run=False, progress=lambda done, total: told.append((done, total)),
+        )  # fmt: skip
+        assert told == [(250, 260), (260, 260)]
+
+
+def test_a_filter_that_takes_few_is_bounded_too(run: Run, shop: SimpleNamespace) -> None:
+    """--limit counts what is changed, not what is looked at; the cursor stands behind the last."""
+    words = ("redrive", *shop.options, "--error", "timeout", "--limit", "1", "--yes", "--json")
+    first = run(*words).document
+    assert (first["outcomes"], first["first_ids"]) == ({"redriven": 1}, [shop.dead[4]])
+    second = run(*words, "--cursor", first["next_cursor"]).document
+    assert (second["outcomes"], second["first_ids"]) == ({"redriven": 1}, [shop.dead[5]])
+
+
 def test_cancel_takes_pending_rows_out(run: Run, shop: SimpleNamespace) -> None:
     """One by id, then the rest of a lane; what is held stays."""
     assert run("cancel", shop.pending[1], *shop.options, "--yes").out == "cancelled 1\n"
@@ -314,7 +344,9 @@ def test_purge_deletes_what_is_old_enough(run: Run, shop: SimpleNamespace) -> No
     dry = run(*words, "--dry-run", "--json").document
     assert (dry["deleted"], dry["left"]) == (0, 6)
     found = run(*words, "--yes", "--limit", "4")
-    assert found.out.startswith("deleted 4, 2 left\nmore: leasekit purge dead --older-than 0s")
+    assert found.out.startswith(
+        "deleted 4, 2 left\nmore: leasekit purge dead --older-than 0s --limit 4"
+    )
     again = run(*shlex.split(found.out.splitlines()[1].removeprefix("more: "))[1:])
     assert again.out == "deleted 2, 0 left\n"
     done = run("purge", "finished", "--older-than", "0s", *shop.options, "--yes", "--json")
