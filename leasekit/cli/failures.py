@@ -10,6 +10,7 @@ from cyclopts import CycloptsError
 
 from leasekit.demo import DemoFailed
 from leasekit.errors import InvalidInput, LeasekitError, Overloaded, Unavailable
+from leasekit.load.plan import LoadFailed
 
 __all__ = ["NotThere", "report"]
 
@@ -50,6 +51,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return str(error), EXIT_UNAVAILABLE
     if isinstance(error, DemoFailed):
         return f"the demo failed: {error}", error.exit_code
+    if isinstance(error, LoadFailed):
+        return f"the load test failed: {error}", error.exit_code
     if isinstance(error, LeasekitError):
         return str(error), EXIT_BROKEN
     # Only its kind: the text of an unforeseen error may quote anything.

@@ -33,6 +33,7 @@ EMBEDDED_URL = "embedded://"
 LOOK_EVERY_S = 0.5
 DRAIN_EXTRA_S = 10.0
 SETTLE_S = 3.0
+COUNT_EVERY_S = 1.0
 AWAY_MOST_S = 30.0
 AWAY_PAUSE_S = 0.25
 
@@ -140,9 +141,10 @@ class _Load:
         await self._crew.until(
             lambda: len(self._harness_us) == len(members), "all processes to connect"
         )
-        async with asyncio.TaskGroup() as group:
-            watching = group.create_task(self._server.keep_looking())
+        watching = asyncio.create_task(self._server.keep_looking())
+        try:
             stalled = await self._work(members)
+        finally:
             watching.cancel()
         self._screen.begin("checking")
         still_there, sent = await self._count_rows()
@@ -202,27 +204,24 @@ class _Load:
         give_up_at_s = time.monotonic() + self._plan.lease_ms / 1_000 + DRAIN_EXTRA_S
         settled_by_s = give_up_at_s
         while time.monotonic() < give_up_at_s:
+            look_at_s = time.monotonic() + COUNT_EVERY_S
             await self._crew.until(
-                lambda: self._may_be_drained(processes) or time.monotonic() > give_up_at_s,
+                lambda: self._is_drained(processes) or time.monotonic() > look_at_s,  # noqa: B023
                 "what is left in line to be acked",
             )
             still_there, _ = await self._count_rows()
             if still_there:
                 settled_by_s = give_up_at_s
-            elif self._books_agree() or time.monotonic() > settled_by_s:
+            elif self._is_drained(processes) or time.monotonic() > settled_by_s:
                 return
             else:
                 settled_by_s = min(settled_by_s, time.monotonic() + SETTLE_S)
             await asyncio.sleep(AWAY_PAUSE_S)
 
-    def _may_be_drained(self, processes: int) -> bool:
-        """All have reported since their end, and have acked what was enqueued, or cannot know."""
-        reports = self._progress.values()
-        return len(reports) == processes and (
-            self._books_agree() or any(one.unsettled or one.failed_calls for one in reports)
-        )
-
-    def _books_agree(self) -> bool:
+    def _is_drained(self, processes: int) -> bool:
+        """All have reported since they ended their work, and have acked what was enqueued."""
+        if len(self._progress) < processes:
+            return False
         total = _total(self._progress.values())
         return total.acked >= total.enqueued
 
