@@ -59,7 +59,7 @@ from leasekit.wire import (
 if TYPE_CHECKING:
     from leasekit.embedded import EmbeddedServer
 
-__all__ = ["Backend", "ConnectionLost", "ServerInfo", "Wire", "open_backend"]
+__all__ = ["Backend", "ConnectionLost", "ResponseError", "ServerInfo", "Wire", "open_backend"]
 
 URL_VARIABLE: Final = "LEASEKIT_URL"
 DEFAULT_URL: Final = "embedded://"

@@ -20,7 +20,7 @@ from leasekit.client import Leasekit, Tenant
 from leasekit.doctor import read_state
 from leasekit.errors import InvalidInput
 from leasekit.keys import Keys
-from leasekit.model import Page, Row, RowStatus
+from leasekit.model import Page, RedriveOutcome, Row, RowStatus
 
 __all__ = [
     "Filter",
@@ -97,7 +97,12 @@ async def redrive(
     progress: Progress,
 ) -> Document:
     """Dead letters wait again: one, or those that a filter takes, at most `limit` of them."""
-    change: Changing | None = None if dry_run else lambda row: tenant.outbox.redrive(row.id)
+
+    def again(row: Row) -> Awaitable[RedriveOutcome]:
+        """Of the row as it was listed: what died anew since, maybe of something else, is left."""
+        return tenant.outbox.redrive(row.id, claim_count=row.claim_count)
+
+    change = None if dry_run else again
     if id is not None:
         return await _one(kit, tenant, id, change, RowStatus.DEAD_LETTERED)
     return await _many(

@@ -325,6 +325,69 @@ def test_a_filter_that_takes_few_is_bounded_too(run: Run, shop: SimpleNamespace)
     assert (second["outcomes"], second["first_ids"]) == ({"redriven": 1}, [shop.dead[5]])
 
 
+async def test_redrive_leaves_what_died_anew(
+    server: Server, tenant_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that was redriven and died again after it was listed stays dead: it was not meant."""
+    async with leasekit.connect(server.url) as kit:
+        tenant = kit.tenant(tenant_name, "w")
+        outbox = tenant.outbox
+        id = (await outbox.enqueue("l", "t", 1)).row.id
+
+        async def die() -> None:
+            [claim] = await outbox.claim("l", "t", consumer="c")
+            await claim.nack(error="no", permanent=True)
+
+        await die()
+        list_page = changing._page
+
+        async def list_and_let_die(*arguments: Any) -> Any:
+            page = await list_page(*arguments)
+            await outbox.redrive(id)
+            await die()
+            return page
+
+        monkeypatch.setattr(changing, "_page", list_and_let_die)
+        document = await changing.redrive(
+            kit, tenant, id=None, wanted=changing.Filter(), limit=9, cursor=None, dry_run=False,
+            progress=lambda done, total: None,
+        )  # fmt: skip
+        assert document["outcomes"] == {"not_dead": 1}
+        row = await outbox.get(id)
+        assert row is not None
+        assert row.status == "dead_lettered"
+
+
+def test_a_user_without_rights_is_told_so(
+    run: Run, private_server: Callable[..., ServerProcess]
+) -> None:
+    """What the ACL forbids is one line and exit code 4; doctor names the commands."""
+    server = private_server()
+    server.raw.execute_command(
+        *[
+            "ACL",
+            "SETUSER",
+            "ops",
+            "on",
+            ">pw",
+            "~*",
+            "&*",
+            "+@all",
+            "-scan",
+            "-hscan",
+            "-zscan",
+            "-client|kill",
+        ]
+    )
+    url = server.url.replace("unix://", "unix://ops:pw@")
+    found = run("doctor", "--deep", "--url", url)
+    assert (found.code, found.out, found.err.count("\n")) == (4, "", 1), found.err
+    assert "refuses this user (NOPERM)" in found.err
+    shallow = run("doctor", "--url", url)
+    assert shallow.code == 1
+    assert "fail  rights: this user may not: client" in shallow.out
+
+
 def test_cancel_takes_pending_rows_out(run: Run, shop: SimpleNamespace) -> None:
     """One by id, then the rest of a lane; what is held stays."""
     assert run("cancel", shop.pending[1], *shop.options, "--yes").out == "cancelled 1\n"
