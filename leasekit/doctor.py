@@ -69,7 +69,7 @@ _RECORD = re.compile(
 _LEAVE = "leave it until the writers of this tenant have stopped; then "
 ADVICE = {
     "unreadable_document": "keep a copy (HGET); nobody can send it: enqueue its content anew",
-    "unreadable_state": "keep a copy (HGET); no command touches the row: enqueue its content anew, "
+    "unreadable_state": "keep a copy (HGET); no command hands the row out: enqueue its content anew, "
     "once the destination says that it was not sent",
     "row_without_index": "nobody will find the row: ZADD it to the named list at the named score, "
     "with no writer at work",
@@ -77,7 +77,8 @@ ADVICE = {
     "row_in_wrong_list": "ZREM it from the named list and ZADD it where its state says, with no "
     "writer at work",
     "row_in_wrong_line": "ZREM it from the named line: its document names the line it belongs to",
-    "wrong_place": "harmless for what is promised but the order; ZADD the score that the state says",
+    "wrong_place": "ZADD the score that the state says: a held row that stands too early is handed to "
+    "another holder before its lease ends",
     "wrong_size": "only bounds on bytes are inexact; nothing has to be done",
     "claimed_without_token": "it cannot be acked; wait for its lease's end: it is claimed anew then",
     "lane_not_listed": "its rows are claimed, but not listed or counted; the next enqueue on the "
@@ -86,26 +87,27 @@ ADVICE = {
     "state_without_row": "HDEL it: there is no row that it could speak of",
     "errors_without_row": "HDEL it: there is no row that it could speak of",
     "wrong_tally": _LEAVE + "HSET the counted number; claims and acks do not depend on it",
-    "stale_claim_record": "no row is held by it; HDEL and ZREM it: a repeat of that claim would "
-    "then claim anew, as after its end",
+    "stale_claim_record": "HDEL and ZREM it once its end has passed: rows are held by their state "
+    "lines, not by it; it only answers repeats of its claim",
     "claim_end_without_record": "ZREM it; the next claims do so by themselves",
     "two_holders": "stop both holders, ask the destination what was sent under which fence, then "
     "let one of them finish",
     "fence_behind": "SET it to the named number before anything else is granted: else a new holder "
     "may get a fence that is not above an older one",
-    "dedupe_without_end": "HDEL it where its row is finished; else leave it: it still keeps "
-    "duplicates away",
+    "dedupe_without_end": "the next enqueue under this key renews or drops it; HDEL it where its row "
+    "is finished",
     "dedupe_end_without_entry": "ZREM it; enqueues do so by themselves",
-    "dedupe_of_nothing": "an enqueue under this key is taken for a repeat and refused: HDEL and ZREM "
-    "it, then enqueue",
+    "dedupe_of_nothing": "an enqueue under this key is answered duplicate or conflict and stores "
+    "nothing: HDEL and ZREM it, then enqueue",
     "unreadable_lease": "HDEL it, ZREM its end and name, once its holder has stopped",
     "lease_without_end": "ZADD the end that its line names, or it is never forgotten",
     "lease_without_name": "ZADD it to the names at 0: it is held, but not listed",
-    "lease_end_disagrees": "ZADD the end that its line names: the line is what counts",
+    "lease_end_disagrees": "ZADD the end that its line names: one that is kept as over is forgotten "
+    "while it is held",
     "lease_end_without_lease": "ZREM it; the next acquisitions do so by themselves",
     "lease_name_without_lease": "ZREM it: nobody holds it",
     "unreadable_record": "keep a copy (HGET); ask the destination before the key is used again",
-    "key_without_end": "it is never forgotten: ZADD when it may be, or purge it",
+    "key_without_end": "it is never forgotten, listed or purged: ZADD when it may be",
     "key_end_without_record": "ZREM it; reservations do so by themselves",
     "foreign_key": "leasekit did not write it: give leasekit a prefix of its own, or DEL it",
     "wrong_type": "leasekit did not write it, and the tenant cannot be used: RENAME it away, and "
@@ -297,7 +299,7 @@ def judge_named_row(
     claims = state.claims if state else 0
     if records <= claims:
         return []
-    what = f"{records} claim records name it, and it was claimed {claims} times"
+    what = f"{records} claim records name it, and its claim count is {claims}"
     return [Problem("two_holders" if records > 1 else "stale_claim_record", "claims", what)]
 
 
