@@ -427,8 +427,7 @@ class Coalescer:
             call.lost_count += 1
             in_time = not self._is_late(call)
             if in_time and (reads or (can_repeat and call.lost_count <= REPEATS_MAX)):
-                if not call.is_dropped:
-                    again.append(call)
+                again.append(call)
             else:
                 over.append(call)
         if again:
