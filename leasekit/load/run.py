@@ -15,7 +15,8 @@ from pathlib import Path
 
 import msgspec
 
-from leasekit.client import Leasekit, connect
+from leasekit import codec
+from leasekit.client import Leasekit, Tenant, connect
 from leasekit.connect import Backend, open_backend
 from leasekit.demo.crew import Crew, DemoFailed, Member, Stalled
 from leasekit.errors import InvalidInput, LeasekitError, Unavailable
@@ -34,6 +35,7 @@ LOOK_EVERY_S = 0.5
 DRAIN_EXTRA_S = 10.0
 SETTLE_S = 3.0
 COUNT_EVERY_S = 1.0
+TENANTS_AT_A_TIME = 100
 AWAY_MOST_S = 30.0
 AWAY_PAUSE_S = 0.25
 
@@ -55,7 +57,7 @@ async def run(plan: Plan, url: str | None, screen: Screen, *, keep: bool = False
             "for an embedded server",
             field="url",
         )
-    if keep and url is None:
+    if keep and where == EMBEDDED_URL:
         raise InvalidInput(
             "--keep has no meaning for the embedded server of its own, whose data goes with it: "
             "name a server with --url, such as embedded://DIRECTORY",
@@ -74,7 +76,8 @@ def _check_input(plan: Plan) -> None:
     if plan.input_path is None:
         return
     try:
-        payloads_of(plan)
+        for value in payloads_of(plan):
+            codec.canonical_json(value, "input", bytes_max=codec.PAYLOAD_BYTES_DEFAULT)
     except OSError as error:
         raise InvalidInput(
             f"cannot read {plan.input_path}: {error.strerror}", field="input"
@@ -246,29 +249,41 @@ class _Load:
         while True:
             try:
                 still_there = sent = 0
-                for number in range(self._plan.tenants):
-                    counts = await self._kit.tenant(ORG, f"tenant-{number}").outbox.counts()
-                    still_there += counts.pending + counts.claimed + counts.unknown
-                    still_there += counts.dead_lettered
-                    sent += counts.sent
+                for at in range(0, self._plan.tenants, TENANTS_AT_A_TIME):
+                    for one in await asyncio.gather(
+                        *[tenant.outbox.counts() for tenant in self._tenants(at)]
+                    ):
+                        still_there += one.pending + one.claimed + one.unknown + one.dead_lettered
+                        sent += one.sent
                 return still_there, sent
             except Unavailable:
                 if time.monotonic() > give_up_at_s:
                     raise
                 await asyncio.sleep(AWAY_PAUSE_S)
 
+    def _tenants(self, start: int) -> list[Tenant]:
+        """Some of the tenants that the processes use, from number `start` on."""
+        end = min(start + TENANTS_AT_A_TIME, self._plan.tenants)
+        return [self._kit.tenant(ORG, f"tenant-{number}") for number in range(start, end)]
+
     async def _clean_up(self) -> None:
         """Delete every key that the run can have made; they all begin with its own prefix."""
         plan = self._plan
-        together = [list(registry_keys(self._prefix).values())]
-        for number in range(self._plan.tenants):
-            tenant = Keys(self._prefix, self._kit.tenant(ORG, f"tenant-{number}").tag)
-            nouns = [str(getattr(tenant, noun)) for noun in tenant.__slots__ if noun != "tenant"]
-            lines = [tenant.outbox_due(route_of(lane_name(n), TARGET)) for n in range(plan.lanes)]
-            together.append(nouns + lines)
         try:
-            for keys in together:
-                await self._backend.command("UNLINK", *keys)
+            await self._backend.command("UNLINK", *registry_keys(self._prefix).values())
+            for at in range(0, plan.tenants, TENANTS_AT_A_TIME):
+                deletions = []
+                for tenant in self._tenants(at):
+                    keys = Keys(self._prefix, tenant.tag)
+                    nouns = [
+                        str(getattr(keys, noun)) for noun in keys.__slots__ if noun != "tenant"
+                    ]
+                    lines = [
+                        keys.outbox_due(route_of(lane_name(lane), TARGET))
+                        for lane in range(plan.lanes)
+                    ]
+                    deletions.append(self._backend.command("UNLINK", *nouns, *lines))
+                await asyncio.gather(*deletions)
         except LeasekitError:
             self._screen.say(f"not cleaned up: the server is away; delete {self._prefix}:* there")
 

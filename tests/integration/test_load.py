@@ -139,6 +139,13 @@ def test_nonsense_is_refused(run: Run, words: tuple[str, ...], message: str) -> 
     assert message in done.err
 
 
+def test_a_server_of_its_own_cannot_be_kept(run: Run) -> None:
+    """Its data goes with it, so --keep is refused there, with what to do instead."""
+    done = run("--keep", url="embedded://")
+    assert (done.code, done.out) == (2, "")
+    assert "embedded://DIRECTORY" in done.err
+
+
 def test_servers_that_will_not_do(run: Run, tmp_path: Path) -> None:
     """Memory is refused with 2; a server that is not there is 4."""
     refused = run("--count", "5", url="memory://")

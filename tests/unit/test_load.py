@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
-from leasekit.errors import InvalidInput
+from leasekit.errors import InvalidInput, LeasekitError, OutcomeUnknown, Unavailable
 from leasekit.load import messages
 from leasekit.load.judge import Machine, Outside, Result, Suspects, judge, latency_of
 from leasekit.load.notes import Book
 from leasekit.load.plan import Plan, parse_mix, share_of
+from leasekit.load.stand_in import StandIn
+from leasekit.load.traffic import Traffic
+from leasekit.model import AckOutcome
 
 IDS = [f"{number:026}" for number in range(10)]
 
@@ -45,8 +48,6 @@ def verdict(books: Iterable[Book], *, still_there: int = 0, sent: int | None = N
 
 
 def done(book: Book, one: Any, outcome: str = "acked") -> None:
-    from leasekit.model import AckOutcome
-
     book.open(one)
     book.close(one, AckOutcome.ACKED if outcome == "acked" else outcome)
 
@@ -146,6 +147,43 @@ def test_the_server_must_count_the_same() -> None:
     book.note_enqueued(IDS[0])
     done(book, claim(IDS[0], 1, 1_000))
     assert verdict([book], sent=2).broken == ["the server counts 2 sent rows, 1 were acked"]
+
+
+class Forgetful(StandIn):
+    """An outbox that fails with these errors before it answers, and notes what it was asked."""
+
+    def __init__(self, *errors: LeasekitError) -> None:
+        super().__init__({})
+        self.errors = list(errors)
+        self.asked: list[tuple[str, bool]] = []
+
+    async def enqueue(self, lane: str, target: str, payload: Any, **options: Any) -> Any:
+        self.asked.append((options["id"], options.get("repeat", False)))
+        if self.errors:
+            raise self.errors.pop(0)
+        return await super().enqueue(lane, target, payload, **options)
+
+
+async def test_an_unknown_outcome_is_asked_again_by_name() -> None:
+    """The same id, said to be a repeat from then on; what was not applied is simply called again."""
+    outbox, book = (
+        Forgetful(Unavailable("away"), OutcomeUnknown("lost"), Unavailable("away")),
+        Book(),
+    )
+    traffic = Traffic(Plan(), 0, [outbox], [{}], book)
+    assert await traffic.lifecycle(0, 0.0)
+    assert [repeat for _, repeat in outbox.asked] == [False, False, True, True]
+    assert len({id for id, _ in outbox.asked}) == 1
+    assert (book.errors, book.repeats) == ({"Unavailable": 2, "OutcomeUnknown": 1}, 2)
+    assert (book.enqueued, book.unsettled_enqueues) == (1, 0)
+
+
+async def test_what_even_a_repeat_cannot_tell_is_unsettled() -> None:
+    """A row that is forgotten may have been enqueued: it is counted apart, and not as enqueued."""
+    outbox, book = Forgetful(OutcomeUnknown("lost"), OutcomeUnknown("forgotten", id=IDS[0])), Book()
+    traffic = Traffic(Plan(), 0, [outbox], [{}], book)
+    assert not await traffic.lifecycle(0, 0.0)
+    assert (book.enqueued, book.unsettled_enqueues) == (0, 1)
 
 
 def test_latencies_keep_three_digits() -> None:
