@@ -418,7 +418,7 @@ class Coalescer:
         has_id = self._link[1] is not None
         if has_id:
             self._left_behind.add(self._link)
-        can_repeat = isinstance(error, ConnectionLost) and has_id and not self._is_closed
+        can_repeat = isinstance(error, ConnectionLost) and has_id
         reads = group.script.reads_only
         again, over = [], []
         for call in calls:

@@ -26,7 +26,7 @@ from leasekit.consuming import (
     make_feed,
     make_pump,
 )
-from leasekit.errors import Conflict, InvalidInput, LeasekitError, OutcomeUnknown
+from leasekit.errors import Conflict, CorruptState, InvalidInput, LeasekitError, OutcomeUnknown
 from leasekit.keys import decode_word, encode_word, route_of, route_parts
 from leasekit.model import (
     ATTEMPTS_DEFAULT,
@@ -438,7 +438,7 @@ class Outbox:
             self._bind,
             (token, limit, consumer),
             self._read_claimed,
-            context=(lane, target, token, consumer),
+            context=(lane, target, token, consumer, lease_ms),
             rows=max(limit, 1),
             head=_CLAIM_HEAD,
             undo=undo,
@@ -450,9 +450,9 @@ class Outbox:
         return claimed
 
     def _read_claimed(
-        self, item: Any, context: tuple[str, str, str, str], reply: Reply
+        self, item: Any, context: tuple[str, str, str, str, int], reply: Reply
     ) -> ClaimedRows:
-        lane, target, token, consumer = context
+        lane, target, token, consumer, lease_ms = context
         now = reply.now_ms
         claimed = ClaimedRows(now, reply.head[1], bool(reply.head[2]))
         if len(item) == 1:
@@ -479,7 +479,7 @@ class Outbox:
                 run_id=None if words[6] == "~" else decode_word(words[6]),
                 consumer=consumer,
                 fence=fence,
-                claimed_at_ms=now,
+                claimed_at_ms=lease_end - lease_ms,  # not now: this may be a repeat
                 lease_expires_at_ms=lease_end,
                 errors=_read_errors(item[at + 4]),
             )
@@ -855,7 +855,16 @@ class Outbox:
                 members=key,
             )
             for i in range(4, len(reply), 4):
-                row = _read_row(reply[i], reply[i + 1], reply[i + 2], reply[i + 3], reply[0])
+                try:
+                    row = _read_row(reply[i], reply[i + 1], reply[i + 2], reply[i + 3], reply[0])
+                except (ValueError, IndexError, msgspec.MsgspecError):
+                    id = reply[i].decode("utf-8", "replace")
+                    raise CorruptState(
+                        f"what is stored of row {id} cannot be read; nothing was changed; "
+                        "`leasekit doctor --deep` says more",
+                        tenant=self._scope.tag,
+                        id=id,
+                    ) from None
                 if row is not None:
                     rows.append(row)
             if reply[1]:

@@ -172,6 +172,9 @@ class Claim(Case):
             self.lane, "t", limit=2, consumer="me", claim_id=self.marker, repeat=repeat
         )
         assert [claim.row.id for claim in rows] in ([], self.ids[:2])
+        for claim in rows:
+            words = self.world.line(claim.row.id)
+            assert words[7:9] == [str(claim.fence), str(claim.row.claimed_at_ms)]
         return "claimed" if rows else "none"
 
     async def rival(self) -> bool:
@@ -519,16 +522,20 @@ class Complete(Reserve):
         self.marker = (await self.reserved()).token
 
     async def call(self, repeat: bool) -> str:
-        return await self.mine.idempotency.complete(
-            "op", self.lane, {"n": 1}, token=self.marker, repeat=repeat
+        before = self.record()[-1]
+        answer = await self.mine.idempotency.complete(
+            "op", self.lane, {"n": 2 if repeat else 1}, token=self.marker, repeat=repeat
         )
+        if repeat and before:
+            assert self.record()[-1] == before, "a repeat replaced the first outcome"
+        return answer
 
     async def rival(self) -> bool:
         await self.others.idempotency.reserve("op", self.lane, owner="other", fingerprint="g")
         return False
 
     def applied(self) -> int:
-        return int('"n":1' in self.record()[-1])
+        return int('"n":' in self.record()[-1])
 
     def expected(self, applied: bool, rival_won: bool) -> str:
         return "completed"
