@@ -452,6 +452,16 @@ def test_release_frees_a_lease_and_a_key(run: Run, shop: SimpleNamespace) -> Non
     assert "stays; nothing was changed" in kept.err
 
 
+def test_a_damaged_row_is_one_line(run: Run, shop: SimpleNamespace) -> None:
+    """Commands that meet damage say so, and that doctor says more; exit code 1."""
+    key = f"{shop.prefix}:{{{shop.tag}}}:outbox:state"
+    shop.server.raw.hset(key, shop.dead[0], "dead_lettered nonsense")
+    for words in (["explain", shop.dead[0]], ["rows"]):
+        found = run(*words, *shop.options)
+        assert (found.code, found.out, found.err.count("\n")) == (1, "", 1), found.err
+        assert "leasekit doctor" in found.err
+
+
 def test_what_changes_wants_a_yes_and_a_reason(run: Run, shop: SimpleNamespace) -> None:
     """Without --yes where nobody can be asked, without a reason, with nonsense: exit code 2."""
     before = everything(shop)
