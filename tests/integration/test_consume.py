@@ -524,6 +524,22 @@ async def test_no_tenant_has_more_than_its_share_at_work(own_kit: Leasekit) -> N
         await running.until(acked=55)
 
 
+async def test_idle_tenants_are_left_alone(own_kit: Leasekit, server: Server) -> None:
+    """A look that finds nothing touches no registry: only tenants in use cost more than the look."""
+    busy, idle = own_kit.tenant("busy", "w"), own_kit.tenant("idle", "w")
+    for one in (busy, idle):
+        await one.outbox.claim("mail", "alice", consumer="a")
+    await busy.outbox.enqueue("mail", "alice", {})
+    touch_due = own_kit._shared.touch_due_at_s
+    for tag in touch_due:
+        touch_due[tag] = 0  # a minute has gone by
+
+    for one in (busy, idle):
+        await one.outbox.claim("mail", "alice", consumer="a")
+
+    assert {tag for tag, due_at_s in touch_due.items() if due_at_s} == {"busy.w"}
+
+
 async def test_a_tenant_on_the_other_clock_stops_nobody_else(
     own_kit: Leasekit, connected: Connect, tenant_name: str
 ) -> None:
