@@ -222,8 +222,8 @@ class connect(AbstractAsyncContextManager[Leasekit]):  # reads as a function
     tests, not durable); None = the environment's LEASEKIT_URL, else embedded://. prefix: what all keys
     begin with. retention: how long finished things are kept. clock: `server`, or `caller` for tests and
     replays, which makes every call take now_ms. timeout_ms: how long a reply may take, and how long a
-    call waits for a lost connection to come back. allow_eviction: accept a server that may drop rows.
-    payload_bytes_max: at most 1 MiB.
+    call waits for a lost connection to come back; one whose reply was lost is repeated within twice
+    that. allow_eviction: accept a server that may drop rows. payload_bytes_max: at most 1 MiB.
 
     Raises InvalidInput and Unavailable. After `await`, close it: `await kit.close()`.
     """

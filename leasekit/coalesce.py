@@ -150,6 +150,8 @@ class Coalescer:
         self._returned: list[_Part] = []
         self._link: _Link = (None, None)
         self._left_behind: set[_Link] = set()
+        self.repeats = 0
+        """Calls that were sent again after a lost reply, so far."""
         self._reconnecting: asyncio.Task[None] | None = None
         self._idle: asyncio.Future[None] | None = None
         self._is_closing = False
@@ -416,7 +418,7 @@ class Coalescer:
         has_id = self._link[1] is not None
         if has_id:
             self._left_behind.add(self._link)
-        can_repeat = isinstance(error, ConnectionLost) and has_id and not self._is_closed
+        can_repeat = isinstance(error, ConnectionLost) and has_id
         reads = group.script.reads_only
         again, over = [], []
         for call in calls:
@@ -425,11 +427,11 @@ class Coalescer:
             call.lost_count += 1
             in_time = not self._is_late(call)
             if in_time and (reads or (can_repeat and call.lost_count <= REPEATS_MAX)):
-                if not call.is_dropped:
-                    again.append(call)
+                again.append(call)
             else:
                 over.append(call)
         if again:
+            self.repeats += 0 if reads else len(again)
             self._returned.append((group if reads else group.repeating(), again))
         self._fail_lost(group, over, str(error))
 

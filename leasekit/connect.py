@@ -59,7 +59,7 @@ from leasekit.wire import (
 if TYPE_CHECKING:
     from leasekit.embedded import EmbeddedServer
 
-__all__ = ["Backend", "ConnectionLost", "ServerInfo", "Wire", "open_backend"]
+__all__ = ["Backend", "ConnectionLost", "ResponseError", "ServerInfo", "Wire", "open_backend"]
 
 URL_VARIABLE: Final = "LEASEKIT_URL"
 DEFAULT_URL: Final = "embedded://"
@@ -561,14 +561,17 @@ class _EmbeddedUse:
         self._server = server
         self._joining: asyncio.Task[None] | None = None
 
-    async def rejoin(self, path: str) -> str:
-        """Where the server is to be reached now that it is not at `path`: joined, or started anew."""
+    @property
+    def path(self) -> str:
+        return self._server.socket_path
+
+    async def rejoin(self, path: str) -> None:
+        """Join the server that is not at `path` any more, or start it anew."""
         if self._joining is None and path == self._server.socket_path:
             self._joining = asyncio.create_task(self._join())
         if self._joining is not None:
             # Loading may take longer than a connection attempt: the next one finds it going on.
             await asyncio.shield(self._joining)
-        return self._server.socket_path
 
     async def _join(self) -> None:
         from leasekit import embedded
@@ -595,11 +598,13 @@ class _EmbeddedConnection(UnixDomainSocketConnection):
         self._use = use
 
     async def connect(self) -> None:
+        self.path = self._use.path
         try:
-            await super().connect()
+            await cast(Any, super()).connect()
         except RedisConnectionError:
-            self.path = await self._use.rejoin(self.path)
-            await super().connect()
+            await self._use.rejoin(self.path)
+            self.path = self._use.path
+            await cast(Any, super()).connect()
 
 
 async def _open_embedded(url: str, *, timeout_ms: int, allow_eviction: bool) -> Backend:
@@ -610,16 +615,17 @@ async def _open_embedded(url: str, *, timeout_ms: int, allow_eviction: bool) -> 
     embedded_server = await embedded.start(directory)
     use = _EmbeddedUse(embedded_server)
     options: dict[str, Any] = {"path": embedded_server.socket_path, "db": 0}
+    connection_class: type[AbstractConnection] = UnixDomainSocketConnection
+    if directory is not None:
+        # The data of a temporary directory is gone with its server: an empty one must not follow.
+        connection_class = _EmbeddedConnection
+        options["use"] = use
     server = _Server(
         url=f"unix://{embedded_server.socket_path}",
         timeout_ms=timeout_ms,
-        connection_class=UnixDomainSocketConnection,
+        connection_class=connection_class,
         options=options,
     )
-    if directory is not None:
-        # The data of a temporary directory is gone with its server: an empty one must not follow.
-        server.connection_class = _EmbeddedConnection
-        options["use"] = use
     try:
         return await _open_server(
             server,

@@ -26,7 +26,7 @@ from leasekit.consuming import (
     make_feed,
     make_pump,
 )
-from leasekit.errors import Conflict, InvalidInput, LeasekitError, OutcomeUnknown
+from leasekit.errors import Conflict, CorruptState, InvalidInput, LeasekitError, OutcomeUnknown
 from leasekit.keys import decode_word, encode_word, route_of, route_parts
 from leasekit.model import (
     ATTEMPTS_DEFAULT,
@@ -438,7 +438,7 @@ class Outbox:
             self._bind,
             (token, limit, consumer),
             self._read_claimed,
-            context=(lane, target, token, consumer),
+            context=(lane, target, token, consumer, lease_ms),
             rows=max(limit, 1),
             head=_CLAIM_HEAD,
             undo=undo,
@@ -450,9 +450,9 @@ class Outbox:
         return claimed
 
     def _read_claimed(
-        self, item: Any, context: tuple[str, str, str, str], reply: Reply
+        self, item: Any, context: tuple[str, str, str, str, int], reply: Reply
     ) -> ClaimedRows:
-        lane, target, token, consumer = context
+        lane, target, token, consumer, lease_ms = context
         now = reply.now_ms
         claimed = ClaimedRows(now, reply.head[1], bool(reply.head[2]))
         if len(item) == 1:
@@ -479,7 +479,7 @@ class Outbox:
                 run_id=None if words[6] == "~" else decode_word(words[6]),
                 consumer=consumer,
                 fence=fence,
-                claimed_at_ms=now,
+                claimed_at_ms=lease_end - lease_ms,  # not now: this may be a repeat
                 lease_expires_at_ms=lease_end,
                 errors=_read_errors(item[at + 4]),
             )
@@ -719,14 +719,22 @@ class Outbox:
         return outcome
 
     async def redrive(
-        self, id: str, *, repeat: bool = False, now_ms: int | None = None
+        self,
+        id: str,
+        *,
+        claim_count: int | None = None,
+        repeat: bool = False,
+        now_ms: int | None = None,
     ) -> RedriveOutcome:
         """Put a dead letter back into the line, with all its attempts before it.
 
-        redriven | not_dead (nothing changed) | missing | forgotten.
+        claim_count: that of the row as the caller saw it, None = as it is now; a row that was claimed
+        since, and may be dead for another reason, is left alone. redriven | not_dead (nothing changed)
+        | missing | forgotten.
         """
+        route, seen = await self._seen(id, claim_count, now_ms)
         outcome: RedriveOutcome = await self._finish(
-            _REDRIVE, await self._route_of(id, now_ms), (id,), _read_redrive, repeat, now_ms
+            _REDRIVE, route, (id,), _read_redrive, repeat, now_ms, claim_count=seen
         )
         return outcome
 
@@ -737,25 +745,30 @@ class Outbox:
         *,
         actor: str,
         reason: str,
+        claim_count: int | None = None,
         repeat: bool = False,
         now_ms: int | None = None,
     ) -> ResolveOutcome:
         """Decide what became of a row that is unknown: its holder vanished, and it parks.
 
         verdict: `sent` (it was delivered), `redrive` (it was not: send it again), `dead` (leave it).
-        actor and reason are kept with the row. resolved | not_unknown | missing | forgotten.
+        actor and reason are kept with the row. claim_count: that of the row as the caller saw it, None =
+        as it is now: the verdict is about that attempt and no later one. resolved | not_unknown (nothing
+        changed) | missing | forgotten.
         """
         if verdict not in ("sent", "redrive", "dead"):
             raise InvalidInput("verdict must be 'sent', 'redrive' or 'dead'", field="verdict")
         codec.check_text(actor, "actor")
         codec.check_text(reason, "reason", bytes_max=codec.ERROR_TEXT_MAX)
+        route, seen = await self._seen(id, claim_count, now_ms)
         outcome: ResolveOutcome = await self._finish(
             _RESOLVE,
-            await self._route_of(id, now_ms),
+            route,
             (id, verdict, codec.error_text(f"{actor}: {reason}")),
             _read_resolve,
             repeat,
             now_ms,
+            claim_count=seen,
         )
         return outcome
 
@@ -842,7 +855,16 @@ class Outbox:
                 members=key,
             )
             for i in range(4, len(reply), 4):
-                row = _read_row(reply[i], reply[i + 1], reply[i + 2], reply[i + 3], reply[0])
+                try:
+                    row = _read_row(reply[i], reply[i + 1], reply[i + 2], reply[i + 3], reply[0])
+                except (ValueError, IndexError, msgspec.MsgspecError):
+                    id = reply[i].decode("utf-8", "replace")
+                    raise CorruptState(
+                        f"what is stored of row {id} cannot be read; nothing was changed; "
+                        "`leasekit doctor --deep` says more",
+                        tenant=self._scope.tag,
+                        id=id,
+                    ) from None
                 if row is not None:
                     rows.append(row)
             if reply[1]:
@@ -900,15 +922,16 @@ class Outbox:
     # --- inside -----------------------------------------------------------------------------------
 
     def _bind(self, one: Script, variant: Variant, repeat: bool) -> Sequence[Argument]:
-        """Keys and arguments of a call; a variant is route, now_ms and lease_ms, as far as the command
-        has them."""
-        route, now, lease_ms = (*variant, 0)[:3]
+        """Keys and arguments of a call; a variant is route, now_ms and, as far as the command has them,
+        lease_ms or claim_count."""
+        route, now, number = (*variant, "")[:3]
         retention = self._scope.settings.retention
         arguments: dict[str, Argument] = {
             "now_ms": now,
             "route": route,
             "repeated": int(repeat),
-            "lease_ms": lease_ms,
+            "lease_ms": number,
+            "claim_count": number,
             "window_ms": retention.dedupe_ms,
             "keep_ms": retention.finished_ms,
             "keep_count": retention.finished_count,
@@ -927,6 +950,8 @@ class Outbox:
         words: Callable[[Any, Any, Reply], _Word],
         repeat: bool,
         now_ms: int | None,
+        *,
+        claim_count: str = "",
     ) -> asyncio.Future[_Word]:
         """One item of a command that ends something: its outcome is a word."""
         scope = self._scope
@@ -934,7 +959,7 @@ class Outbox:
         return scope.coalescer.submit(
             one,
             scope.tag,
-            (route, now),
+            (route, now, claim_count),
             self._bind,
             fields,
             words,
@@ -984,19 +1009,37 @@ class Outbox:
         route = self._routes.get(id)
         if route is not None:
             return route
-        header: bytes | None = await self._scope.coalescer.submit(
+        return (await self._look(id))[0]
+
+    async def _seen(self, id: str, claim_count: int | None, now_ms: int | None) -> tuple[str, str]:
+        """The route of a row and the claim_count that an order is about: the one that its caller saw,
+        else that of now; "" for a row that is not there."""
+        if claim_count is not None:
+            codec.check_whole(claim_count, "claim_count", 0, codec.INSTANT_MS_MAX)
+            return await self._route_of(id, now_ms), str(claim_count)
+        codec.check_id(id)
+        self._scope.now_argument(now_ms)
+        if self._scope.must_register:
+            await self._scope.register()
+        return await self._look(id)
+
+    async def _look(self, id: str) -> tuple[str, str]:
+        """Route and claim_count of a row as it is stored now."""
+        found: tuple[bytes, bytes] | None = await self._scope.coalescer.submit(
             _GET,
             self._scope.tag,
             ("", "" if self._scope.settings.clock == "server" else 0),
             self._bind,
             (id,),
-            lambda item, context, reply: None if word_of(item) == "missing" else item[1],
+            lambda item, context, reply: None if word_of(item) == "missing" else item[1:3],
         )
-        if header is None:
-            return _NOWHERE
-        route = _read_document(header)[0][4]
+        if found is None:
+            return _NOWHERE, ""
+        doc, line = found
+        route = _read_document(doc)[0][4]
         self._remember(id, route)
-        return route
+        words = line.split(b" ", 7)
+        return route, words[6].decode() if len(words) == 8 else "0"  # no line: never claimed
 
     def _remember(self, id: str, route: str) -> None:
         self._routes[id] = route

@@ -229,6 +229,11 @@ def load_command(one: Script, *, shebang: bool) -> tuple[str, ...]:
     return ("SCRIPT", "LOAD", one.text(shebang=shebang))
 
 
+def exists_command(*, shebang: bool) -> tuple[str, ...]:
+    """Asks which of all commands the server has, in the order of `read_scripts`."""
+    return ("SCRIPT", "EXISTS", *[one.sha(shebang=shebang) for one in read_scripts().values()])
+
+
 def call_command(
     one: Script, bound: Sequence[Argument], items: Sequence[Argument], *, shebang: bool
 ) -> tuple[Argument, ...]:

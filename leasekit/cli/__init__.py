@@ -1,6 +1,8 @@
-"""The command line: `leasekit demo`, and commands that read what is there and change nothing.
+"""The command line: `leasekit demo`, commands that read, and commands of operators that change.
 
     app       the commands, their options and help         reading   what is asked of the server
+    operating the operators' commands                      looking   what they ask of the server
+    checkup   what `leasekit doctor` looks at              changing  what they change there
     tables    answers for people                           failures  errors as one line and an exit code
 
 Exit codes: 0 all is well; 1 a promise was broken, or data is damaged; 2 the command or its input is

@@ -24,6 +24,8 @@ from leasekit.client import Leasekit
 from leasekit.demo import story
 from leasekit.demo.loop import loop_factory
 from leasekit.demo.screen import SilentScreen, screen_for
+from leasekit.errors import InvalidInput
+from leasekit.load.plan import MIX_DEFAULT, Plan, parse_mix
 
 __all__ = ["run"]
 
@@ -33,7 +35,7 @@ LIMIT_DEFAULT = 20
 HELP = (
     "Claims, leases and idempotency keys on Redis or Valkey.\n\n"
     "To see it work: leasekit demo. To look at a server: leasekit counts --url redis://localhost. "
-    "All commands but the demo only read, and hide payloads unless told otherwise."
+    "What changes something asks first, or takes --yes. Payloads are hidden unless told otherwise."
 )
 EPILOGUE = (
     "Exit codes: 0 all is well. 1 a promise was broken, or data is damaged. 2 the command or its "
@@ -161,6 +163,106 @@ def demo(
     if keep and not json:
         look = _options(url=result.url, prefix=_unless(prefix, COMMON.prefix), tenant=result.tenant)
         _say(console, f"look at it: {shlex.join(['leasekit', 'rows', *look])}")
+    for promise in result.broken:
+        sys.stderr.write(f"leasekit: broken: {promise}\n")
+    return EXIT_BROKEN if result.broken else 0
+
+
+@app.command
+def load(
+    *,
+    url: str | None = None,
+    rate: float | None = None,
+    coroutines: int = 100,
+    processes: int = 1,
+    tenants: int = 1,
+    lanes: int = 1,
+    payload_bytes: int = 200,
+    input: str | None = None,
+    mix: str = MIX_DEFAULT,
+    duration: float | None = None,
+    count: int | None = None,
+    lease_ms: int = 30_000,
+    seed: int = 0,
+    keep: bool = False,
+    json: bool = False,
+) -> int:
+    """Put a server under load, measure, prove that nothing is lost.
+
+    Closed loop: so many coroutines, each doing one thing after the other. Open
+    loop (--rate): things arrive at random whether or not the server keeps up,
+    and their latencies count from then. It goes on while the server is killed
+    and started again. It works in a prefix of its own, load-RANDOM, and deletes
+    it at the end.
+
+    Parameters
+    ----------
+    url
+        The server. Else it starts one.
+    rate
+        Arrivals a second, of all processes together: an open loop.
+    coroutines
+        Of all processes together; with --rate, how many things at a time.
+    processes
+        How many processes work.
+    tenants
+        How many tenants the work is spread over.
+    lanes
+        How many lanes each tenant has.
+    payload_bytes
+        The size of a row's payload, as JSON.
+    input
+        A file of JSON values to enqueue, one a line; its first 1000 are used.
+    mix
+        Weights: lifecycle (enqueue, claim, ack), nack and extend (the same with
+        a nack or an extend), lease (acquire, release), idempotency (reserve,
+        complete). Such as lifecycle=8,nack=1,lease=1.
+    duration
+        Seconds; 10 if there is no --count either.
+    count
+        How many things to do, instead of a duration.
+    lease_ms
+        How long a claim or lease is held at most, in milliseconds.
+    seed
+        Another number: other choices and arrivals.
+    keep
+        Leave everything that was written on the server.
+    json
+        Give one line of JSON instead of progress and a table.
+    """
+    try:
+        # Imported here: of all commands only this one needs hdrhistogram.
+        from leasekit.load import run as load_run
+        from leasekit.load import screen as load_screen
+        from leasekit.load.tables import figures_table, latencies_table
+    except ModuleNotFoundError as error:
+        if error.name != "hdrh":
+            raise
+        raise InvalidInput(
+            "the load test needs hdrhistogram: pip install 'leasekit[cli]'", field="load"
+        ) from None
+    plan = Plan(
+        rate=rate,
+        coroutines=coroutines,
+        processes=processes,
+        tenants=tenants,
+        lanes=lanes,
+        payload_bytes=payload_bytes,
+        input_path=input,
+        mix=parse_mix(mix),
+        duration_s=duration,
+        count=count,
+        lease_ms=lease_ms,
+        seed=seed,
+    )
+    console = tables.make_console()
+    screen = load_screen.SilentScreen() if json else load_screen.screen_for(console)
+    result = _run(load_run.run(plan, url, screen, keep=keep))
+    if json:
+        _write_json(msgspec.to_builtins(result))
+    else:
+        console.print(latencies_table(result))
+        console.print(figures_table(result))
     for promise in result.broken:
         sys.stderr.write(f"leasekit: broken: {promise}\n")
     return EXIT_BROKEN if result.broken else 0
@@ -394,3 +496,7 @@ def _options(**values: object) -> list[str]:
 
 def _write_json(document: Document) -> None:
     sys.stdout.write(msgspec.json.encode(document).decode() + "\n")
+
+
+# Registers the operators' commands, which take their options and their form from above.
+from leasekit.cli import operating  # noqa: E402, F401

@@ -9,8 +9,11 @@ import traceback
 
 from cyclopts import CycloptsError
 
+from leasekit.connect import ResponseError
 from leasekit.demo.crew import DemoFailed
 from leasekit.errors import InvalidInput, LeasekitError, Overloaded, Unavailable
+from leasekit.load.plan import LoadFailed
+from leasekit.scripts import translate
 
 __all__ = ["NotThere", "report"]
 
@@ -54,8 +57,12 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return str(error), EXIT_UNAVAILABLE
     if isinstance(error, DemoFailed):
         return f"the demo failed: {error}", error.exit_code
+    if isinstance(error, LoadFailed):
+        return f"the load test failed: {error}", error.exit_code
     if isinstance(error, LeasekitError):
         return str(error), EXIT_BROKEN
+    if isinstance(error, ResponseError):
+        return _explain(translate(error, "leasekit"))
     # Only its kind: the text of an unforeseen error may quote anything.
     kind = type(error).__name__
     message = f"unforeseen {kind}, which is a bug of leasekit; {TRACEBACK_VARIABLE}=1 shows where"

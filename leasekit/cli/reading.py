@@ -61,13 +61,15 @@ def tenant_text(tenant: Tenant) -> str:
 
 
 @asynccontextmanager
-async def open_kit(url: str | None, prefix: str) -> AsyncIterator[Leasekit]:
+async def open_kit(
+    url: str | None, prefix: str, *, allow_eviction: bool = False
+) -> AsyncIterator[Leasekit]:
     """A client of the server that the options name; never a new, empty one."""
     where = url or os.environ.get(URL_VARIABLE)
     if not where:
         raise InvalidInput(f"no server is named: give --url, or set {URL_VARIABLE}", field="url")
     _check_directory(where)
-    async with connect(where, prefix=prefix) as kit:
+    async with connect(where, prefix=prefix, allow_eviction=allow_eviction) as kit:
         yield kit
 
 

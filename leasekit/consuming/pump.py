@@ -276,8 +276,9 @@ class Pump:
                     timer.cancel()
 
     async def _claim(self, entry: Entry, asked: int) -> None:
-        claim_id, is_repeat = entry.claim_id, entry.claim_id is not None
-        entry.claim_id = claim_id = claim_id or codec.new_token()
+        is_repeat = entry.claim_id is not None
+        entry.claim_id = entry.claim_id or codec.new_token()
+        begun = 0
         try:
             rows = await entry.source.claim(
                 entry.lane,
@@ -285,25 +286,24 @@ class Pump:
                 limit=min(asked, codec.BATCH_MAX),
                 lease_ms=self._options.lease_ms,
                 consumer=self._options.consumer,
-                claim_id=claim_id,
+                claim_id=entry.claim_id,
                 repeat=is_repeat,
             )
-        except asyncio.CancelledError:
-            raise
+            entry.claim_id, entry.failures = None, 0
+            for claim in rows:
+                self._begin(entry, claim)
+                begun += 1
+            due_in_ms = rows.next_due_at_ms - rows.now_ms + 1 if rows.next_due_at_ms else None
+            self._schedule.took(
+                entry,
+                asked,
+                begun,
+                more=rows.more,
+                next_s=None if due_in_ms is None else due_in_ms / 1_000,
+                now_s=self._now_s(),
+            )
         except Exception as error:
-            self._claim_failed(entry, asked, error)
-            return
-        entry.claim_id, entry.failures = None, 0
-        for claim in rows:
-            self._begin(entry, claim)
-        self._schedule.took(
-            entry,
-            asked,
-            len(rows),
-            more=rows.more,
-            next_s=(rows.next_due_at_ms - rows.now_ms + 1) / 1_000 if rows.next_due_at_ms else None,
-            now_s=self._now_s(),
-        )
+            self._claim_failed(entry, asked - begun, error)
         self._wake.set()
 
     def _claim_failed(self, entry: Entry, asked: int, error: Exception) -> None:

@@ -7,12 +7,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
 from leasekit.demo import messages
-from leasekit.demo.messages import Order, Setup
 from leasekit.errors import LeasekitError, Unavailable
 
 __all__ = ["Role", "live", "say"]
@@ -24,7 +23,7 @@ EXIT_UNAVAILABLE = 4
 class Role(Protocol):
     """A producer, dispatcher or destination: `run` until done, `obey` orders meanwhile."""
 
-    def obey(self, order: Order) -> None: ...
+    def obey(self, order: Any) -> None: ...
 
     async def run(self) -> None: ...
 
@@ -39,16 +38,20 @@ def say(report: msgspec.Struct) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-async def live(role_of: Callable[[Setup], Role]) -> None:
+async def live(
+    role_of: Callable[[Any], Role],
+    decode_setup: Callable[[bytes], Any] = messages.decode_setup,
+    decode_order: Callable[[bytes], Any] = messages.decode_order,
+) -> None:
     """Read the Setup, run the role; end with it, or with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a ctrl-C is for the parent
     orders = asyncio.StreamReader(limit=2**20)
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(orders), sys.stdin
     )
-    role = role_of(messages.decode_setup(await orders.readline()))
+    role = role_of(decode_setup(await orders.readline()))
     running = asyncio.ensure_future(role.run())
-    listening = asyncio.ensure_future(_listen(role, orders))
+    listening = asyncio.ensure_future(_listen(role, orders, decode_order))
     try:
         await asyncio.wait({running, listening}, return_when=asyncio.FIRST_COMPLETED)
         running.cancel()
@@ -62,7 +65,9 @@ async def live(role_of: Callable[[Setup], Role]) -> None:
         listening.cancel()
 
 
-async def _listen(role: Role, orders: asyncio.StreamReader) -> None:
+async def _listen(
+    role: Role, orders: asyncio.StreamReader, decode_order: Callable[[bytes], Any]
+) -> None:
     """Pass orders on; returns when the parent has closed the pipe, or is gone."""
     while line := await orders.readline():
-        role.obey(messages.decode_order(line))
+        role.obey(decode_order(line))

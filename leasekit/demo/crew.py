@@ -10,12 +10,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from typing import IO
+from typing import IO, Any
 
 import msgspec
 
 from leasekit.demo import messages
-from leasekit.demo.messages import Finish, Order, Report, Setup, Trouble
+from leasekit.demo.messages import Finish, Trouble
 
 __all__ = ["Crew", "DemoFailed", "Member", "Stalled"]
 
@@ -40,17 +40,17 @@ class Stalled(DemoFailed):
 
 
 class Member:
-    """One child process. state: starting, running, holding, stopped, killed, ended."""
+    """One child process, of `module`. state: starting, running, holding, stopped, killed, ended."""
 
-    def __init__(self, role: str, setup: Setup) -> None:
+    def __init__(self, module: str, role: str, name: str, setup: msgspec.Struct) -> None:
         self.role = role
-        self.name = setup.name
+        self.name = name
         self.state = "starting"
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  -- closed by bury
         # The import path exactly as it is here: a child must not run another leasekit.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "leasekit.demo", role, setup.name],
+            [sys.executable, "-P", "-m", module, role, name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -70,7 +70,7 @@ class Member:
     def is_over(self) -> bool:
         return self.state in ("killed", "ended")
 
-    def tell(self, message: Setup | Order) -> None:
+    def tell(self, message: msgspec.Struct) -> None:
         """Write to the child; one that is gone is not told."""
         if self._orders.closed:
             return
@@ -114,13 +114,23 @@ class Member:
 
 
 class Crew:
-    """All members. `note` is called with every report; `progress` gives a value that grows."""
+    """All members. `note` is called with every report; `progress` gives a value that grows.
+
+    module: what the processes run; `decode` reads a line of what they report.
+    """
 
     def __init__(
-        self, note: Callable[[Member, Report], None], progress: Callable[[], object]
+        self,
+        note: Callable[[Member, Any], None],
+        progress: Callable[[], object],
+        *,
+        module: str = "leasekit.demo",
+        decode: Callable[[bytes], Any] = messages.decode_report,
     ) -> None:
         self._note = note
         self._progress = progress
+        self._module = module
+        self._decode = decode
         self._changed = asyncio.Event()
         self._failure: DemoFailed | None = None
         self._listening: dict[Member, asyncio.Task[None]] = {}
@@ -129,8 +139,8 @@ class Crew:
     def members(self) -> list[Member]:
         return list(self._listening)
 
-    def start(self, role: str, setup: Setup) -> Member:
-        member = Member(role, setup)
+    def start(self, role: str, name: str, setup: msgspec.Struct) -> Member:
+        member = Member(self._module, role, name, setup)
         self._listening[member] = asyncio.create_task(self._listen(member))
         return member
 
@@ -194,7 +204,7 @@ class Crew:
 
     def _hear(self, member: Member, line: bytes) -> None:
         try:
-            report = messages.decode_report(line)
+            report = self._decode(line)
         except msgspec.MsgspecError:
             return  # Cut off by a kill; what it was about shows in the accounts.
         if isinstance(report, Trouble):

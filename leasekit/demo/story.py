@@ -170,7 +170,7 @@ class Demo:
         """The destination first, then those who deliver to it, then those who enqueue."""
         options = self._options
         self._screen.say(f"server: {self._server_name()} at {self._kit.server.url}")
-        destination = self._crew.start("destination", Setup(name="destination"))
+        destination = self._crew.start("destination", "destination", Setup(name="destination"))
         await self._crew.until(lambda: bool(self._book.socket_path), "the destination's socket")
         self._dispatchers = self._start_all("dispatcher", options.dispatchers)
         self._producers = self._start_all("producer", options.producers)
@@ -309,6 +309,7 @@ class Demo:
         return [
             self._crew.start(
                 role,
+                f"{role}-{number + 1}",
                 Setup(
                     name=f"{role}-{number + 1}",
                     number=number,

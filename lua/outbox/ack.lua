@@ -56,7 +56,8 @@ local lines = values_of(state, ids)
 local horizon = repeated == "1" and redis.call("HGET", tally, "horizon") or ""
 
 local reply, now_text = { now }, integer(now)
-local finished, state_pairs, done_pairs, bytes = {}, {}, {}, 0
+-- `{ nil, nil }` has room for one pair; most calls have no more, and growing a table costs.
+local finished, state_pairs, done_pairs, bytes = { nil }, { nil, nil }, { nil, nil }, 0
 local from_dead, from_unknown, from_claimed, dead_bytes = {}, {}, 0, 0
 local handled = {}
 for i = 1, count do
@@ -104,25 +105,25 @@ for i = 1, count do
 end
 
 if #finished > 0 then
-  local changes = {
-    ["claimed:" .. route] = -from_claimed,
-    ["dead_lettered:" .. route] = -#from_dead,
-    ["unknown:" .. route] = -#from_unknown,
-    ["sent:" .. route] = #finished,
-    dead_bytes = -dead_bytes,
-  }
   local rows = { docs = docs, state = state, errors = errors, tally = tally, done = done }
   write("ZREM", due, finished)
   write("ZREM", dead, from_dead)
   write("ZREM", unknown, from_unknown)
   if age == 0 or most == 0 or bytes_max == 0 then
     delete_rows(finished, rows)
+    bytes = 0
   else
     write("HSET", state, state_pairs)
     write("ZADD", done, done_pairs)
-    changes.done_bytes = bytes
   end
-  add(tally, changes)
-  forget(rows, "done", now - age, most, bytes_max, 2 * count + 10, age)
+  local done_bytes = count_by(tally, "done_bytes", bytes)
+  count_by(tally, "sent:" .. route, #finished)
+  count_by(tally, "claimed:" .. route, -from_claimed)
+  if #from_dead + #from_unknown > 0 then
+    count_by(tally, "dead_lettered:" .. route, -#from_dead)
+    count_by(tally, "unknown:" .. route, -#from_unknown)
+    count_by(tally, "dead_bytes", -dead_bytes)
+  end
+  forget(rows, "done", now - age, most, bytes_max, 2 * count + 10, age, done_bytes)
 end
 return reply

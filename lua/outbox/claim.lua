@@ -81,9 +81,20 @@ if wanted > ITEMS_MAX then
   return refuse("limit")
 end
 
+-- For a row or two, one look at the front of the line also tells which one comes next.
 local now_text = integer(now)
-local ids = {}
-if wanted > 0 then
+local ids, looks_ahead, next_due = {}, wanted == 1 or wanted == 2, 0
+if looks_ahead then
+  local front = redis.call("ZRANGE", due, "0", wanted == 1 and "1" or "2", "WITHSCORES")
+  for i = 1, #front, 2 do
+    local at = tonumber(front[i + 1])
+    if at > now then
+      next_due = at
+      break
+    end
+    ids[#ids + 1] = front[i]
+  end
+elseif wanted > 0 then
   ids = redis.call("ZRANGEBYSCORE", due, "-inf", now_text, "LIMIT", "0", integer(wanted + 1))
 end
 local more = #ids > wanted
@@ -110,7 +121,6 @@ while looked_at < #ids and (looked_at == 0 or bytes < REPLY_BYTES_MAX) do
   looked_at = looked_at + #chunk
 end
 more = more or looked_at < #ids
-local last_fence = next_fence(fence, micros)
 
 -- Decide what becomes of each row looked at.
 local rows, taken_bytes = {}, 0
@@ -122,7 +132,7 @@ for i = 1, looked_at do
   if doc and line then
     row = read_state(line)
   elseif doc then
-    row = { status = "pending", attempts = 0, claims = "0" }
+    row = { id = id, doc = doc, status = "pending", attempts = 0, claims = "0" }
   end
   if row and row.status == "claimed" then
     attempts_max, on_expiry = read_header(doc)
@@ -153,15 +163,27 @@ for i = 1, looked_at do
   end
 end
 -- What is due is over for the claims that had it; a repeat must not be told that it holds it still.
-local over_for_repeats = {}
+local over_for_repeats = repeats and {}
 for i = 1, repeats and looked_at or 0 do
   over_for_repeats[ids[i]] = true
 end
 
 -- Hand the rows to the claims in the order of both.
-local reply, due_pairs, state_pairs, record_pairs, end_pairs = {}, {}, {}, {}, {}
+local HEAD = 4
+local reply = { now, 0, 0, damaged }
+-- `{ nil, nil }` has room for one pair; most calls have no more, and growing a table costs.
+local due_pairs, state_pairs = { nil, nil }, { nil, nil }
+local record_pairs, end_pairs = { nil, nil }, { nil, nil }
 local lease_end = now + lease
-local lease_end_text, fence_text = integer(lease_end), integer(last_fence)
+local lease_end_text, fence_text = integer(lease_end), integer(micros)
+if #rows > 0 then
+  -- The fence: above the last one, and above every one of a lost past. In one call, as a rule.
+  local last = tonumber(redis.call("SET", fence, fence_text, "GET") or "0")
+  if last >= micros then
+    fence_text = integer(last + 1)
+    redis.call("SET", fence, fence_text)
+  end
+end
 local next_row = 1
 for i = 1, count do
   local token, consumer = claim_ids[i], ARGV[FIXED + (i - 1) * WIDTH + 3]
@@ -204,75 +226,78 @@ for i = 1, count do
       end
     end
   end
-  reply[i] = n > 3 and answer or { "none" }
+  reply[HEAD + i] = n > 3 and answer or { "none" }
   next_row = math.max(next_row, last_row + 1)
 end
 
-local dead_pairs, unknown_pairs, error_pairs, left = {}, {}, {}, {}
-local dead_bytes = 0
-for i = 1, #buried do
-  local row = buried[i]
-  local n = 2 * i
-  dead_pairs[n - 1], dead_pairs[n] = now_text, row.id
-  error_pairs[n - 1] = row.id
-  error_pairs[n] = with_error(errors_of[row.id], now, "expired", row,
-    '"lease expired; max attempts reached"')
-  left[#left + 1] = row.id
-  dead_bytes = dead_bytes + #row.doc
-  n = #state_pairs
-  state_pairs[n + 1], state_pairs[n + 2] = row.id, state_line(row, "dead_lettered", "expired", now)
-end
-for i = 1, #parked do
-  local row = parked[i]
-  unknown_pairs[2 * i - 1], unknown_pairs[2 * i] = now_text, row.id
-  left[#left + 1] = row.id
-  local n = #state_pairs
-  state_pairs[n + 1], state_pairs[n + 2] = row.id, state_line(row, "unknown", "parked", now)
-end
-for i = 1, #damaged do
-  left[#left + 1] = damaged[i]
-end
 local over = redis.call("ZRANGEBYSCORE", claims_end, "-inf", now_text,
-  "LIMIT", "0", integer(math.min(2 * count + 10, PRUNE_ROWS_MAX)))
+  "LIMIT", "0", count == 1 and "12" or integer(math.min(2 * count + 10, PRUNE_ROWS_MAX)))
 
+local dead_bytes = 0
+if #buried + #parked + #damaged > 0 then
+  local dead_pairs, unknown_pairs, error_pairs, left = {}, {}, {}, {}
+  for i = 1, #buried do
+    local row = buried[i]
+    local n = 2 * i
+    dead_pairs[n - 1], dead_pairs[n] = now_text, row.id
+    error_pairs[n - 1] = row.id
+    error_pairs[n] = with_error(errors_of[row.id], now, "expired", row,
+      '"lease expired; max attempts reached"')
+    left[#left + 1] = row.id
+    dead_bytes = dead_bytes + #row.doc
+    n = #state_pairs
+    state_pairs[n + 1] = row.id
+    state_pairs[n + 2] = state_line(row, "dead_lettered", "expired", now)
+  end
+  for i = 1, #parked do
+    local row = parked[i]
+    unknown_pairs[2 * i - 1], unknown_pairs[2 * i] = now_text, row.id
+    left[#left + 1] = row.id
+    local n = #state_pairs
+    state_pairs[n + 1], state_pairs[n + 2] = row.id, state_line(row, "unknown", "parked", now)
+  end
+  for i = 1, #damaged do
+    left[#left + 1] = damaged[i]
+  end
+  write("ZREM", due, left)
+  write("ZADD", dead, dead_pairs)
+  write("ZADD", unknown, unknown_pairs)
+  write("HSET", errors, error_pairs)
+end
 write("ZADD", due, due_pairs)
 write("HSET", state, state_pairs)
-if #rows > 0 then
-  redis.call("SET", fence, fence_text)
-end
 write("HSET", claims, record_pairs)
 write("ZADD", claims_end, end_pairs)
-write("ZREM", due, left)
-write("ZADD", dead, dead_pairs)
-write("ZADD", unknown, unknown_pairs)
-write("HSET", errors, error_pairs)
 write("HDEL", claims, over)
 write("ZREM", claims_end, over)
-local hinted, is_new = hint ~= "" and #rows > 0 and "hinted:" .. route, false
-add(tally, {
-  ["pending:" .. route] = -from_pending,
-  ["claimed:" .. route] = #rows - from_claimed,
-  ["dead_lettered:" .. route] = #buried,
-  ["unknown:" .. route] = #parked,
-  dead_bytes = dead_bytes,
-}, hinted, function(last)
-  is_new = tonumber(last) <= now or tonumber(last) > lease_end
-  return is_new and lease_end_text or last
-end)
+count_by(tally, "pending:" .. route, -from_pending)
+count_by(tally, "claimed:" .. route, #rows - from_claimed)
+if #parked > 0 then
+  count_by(tally, "unknown:" .. route, #parked)
+end
 if #buried > 0 then
+  count_by(tally, "dead_lettered:" .. route, #buried)
+  count_by(tally, "dead_bytes", dead_bytes)
   local kept = { docs = docs, state = state, errors = errors, tally = tally, dead = dead }
   forget(kept, "dead", now - dead_age, dead_most, NEVER_MS, 2 * #buried + 10, dead_age)
 end
-local next_due = 0
-if not more then
+if more then
+  next_due = 0
+elseif looks_ahead then
+  if #rows > 0 and (next_due == 0 or lease_end < next_due) then
+    next_due = lease_end
+  end
+else
   local first = redis.call("ZRANGE", due, "0", "0", "WITHSCORES")
   next_due = first[2] and tonumber(first[2]) or 0
 end
-if is_new then
-  tell(hint, route, lease)
+if hint ~= "" and #rows > 0 then
+  local field = "hinted:" .. route
+  local last = tonumber(redis.call("HGET", tally, field) or "0")
+  if last <= now or last > lease_end then
+    redis.call("HSET", tally, field, lease_end_text)
+    tell(hint, route, lease)
+  end
 end
-table.insert(reply, 1, damaged)
-table.insert(reply, 1, more and 1 or 0)
-table.insert(reply, 1, next_due)
-table.insert(reply, 1, now)
+reply[2], reply[3] = next_due, more and 1 or 0
 return reply

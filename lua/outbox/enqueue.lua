@@ -72,21 +72,17 @@ local horizon = repeated == "1" and redis.call("HGET", tally, "horizon") or ""
 
 -- Dedupe keys: those asked for, and a few whose window is over. One whose window is over counts no
 -- more, and goes, but never while its row is unfinished.
-local window_over = {}
-if #digests > 0 then
-  window_over = redis.call("ZRANGEBYSCORE", dedupe_end, "-inf", now_text,
-    "LIMIT", "0", integer(math.min(2 * count + 10, PRUNE_ROWS_MAX)))
-end
-local asked = {}
-for i = 1, #digests do
-  asked[i] = digests[i]
-end
-for i = 1, #window_over do
-  asked[#asked + 1] = window_over[i]
-end
-local entries = values_of(dedupe, asked)
-local ends = #asked > 0 and redis.call("ZMSCORE", dedupe_end, unpack(asked)) or {}
+local asked, entries, ends = {}, nil, nil
 local taken, spent = {}, {}
+if #digests > 0 then
+  asked = redis.call("ZRANGEBYSCORE", dedupe_end, "-inf", now_text,
+    "LIMIT", "0", integer(math.min(2 * count + 10, PRUNE_ROWS_MAX)))
+  for i = 1, #digests do
+    asked[#asked + 1] = digests[i]
+  end
+  entries = redis.call("HMGET", dedupe, unpack(asked))
+  ends = redis.call("ZMSCORE", dedupe_end, unpack(asked))
+end
 for i = 1, #asked do
   local id = string.match(entries[i] or "", "^(%S+) ")
   taken[asked[i]] = entries[i] or nil
@@ -106,7 +102,8 @@ end
 
 -- Decide: `known` is the document that an id has after the items before it.
 local known, outcomes, held_by = {}, {}, {}
-local doc_pairs, due_pairs, dedupe_pairs, end_pairs = {}, {}, {}, {}
+-- `{ nil, nil }` has room for one pair; most calls have no more, and growing a table costs.
+local doc_pairs, due_pairs, dedupe_pairs, end_pairs = { nil, nil }, { nil, nil }, {}, {}
 local created, soonest = 0, NEVER_MS
 for i = 1, count do
   local base = FIXED + (i - 1) * WIDTH
@@ -150,26 +147,19 @@ for i = 1, count do
 end
 
 -- What duplicates are told of the row that was there first.
-local told, header_of, line_of = {}, {}, {}
-for i = 1, count do
-  if outcomes[i] == "duplicate" then
-    told[#told + 1] = held_by[i]
+local header_of, line_of = {}, {}
+if created < count then
+  local told = {}
+  for i = 1, count do
+    if outcomes[i] == "duplicate" then
+      told[#told + 1] = held_by[i]
+    end
   end
-end
-local told_docs, told_lines = values_of(docs, told), values_of(state, told)
-for i = 1, #told do
-  local doc = known[told[i]] or told_docs[i] or ""
-  header_of[told[i]] = string.match(doc, "^[^\n]*")
-  line_of[told[i]] = told_lines[i] or ""
-end
-
-local dropped = {}
-for digest, why in pairs(spent) do
-  if why == "over" then
-    dropped[#dropped + 1] = digest
-  else
-    local n = #end_pairs
-    end_pairs[n + 1], end_pairs[n + 2] = integer(now + window), digest
+  local told_docs, told_lines = values_of(docs, told), values_of(state, told)
+  for i = 1, #told do
+    local doc = known[told[i]] or told_docs[i] or ""
+    header_of[told[i]] = string.match(doc, "^[^\n]*")
+    line_of[told[i]] = told_lines[i] or ""
   end
 end
 
@@ -191,10 +181,21 @@ if created > 0 then
   redis.call("ZADD", lanes, now_text, route)
   redis.call("HINCRBY", tally, "pending:" .. route, integer(created))
 end
-write("HSET", dedupe, dedupe_pairs)
-write("ZADD", dedupe_end, end_pairs)
-write("HDEL", dedupe, dropped)
-write("ZREM", dedupe_end, dropped)
+if #asked > 0 then
+  local dropped = {}
+  for digest, why in pairs(spent) do
+    if why == "over" then
+      dropped[#dropped + 1] = digest
+    else
+      local n = #end_pairs
+      end_pairs[n + 1], end_pairs[n + 2] = integer(now + window), digest
+    end
+  end
+  write("HSET", dedupe, dedupe_pairs)
+  write("ZADD", dedupe_end, end_pairs)
+  write("HDEL", dedupe, dropped)
+  write("ZREM", dedupe_end, dropped)
+end
 if created > 0 then
   tell(hint, route, soonest - now)
 end

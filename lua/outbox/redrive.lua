@@ -9,17 +9,20 @@
 --       2 route    encoded lane and target, joined by a colon
 --       3 repeated 1 if the caller sent these items before and does not know what became of it
 --       4 hint     the channel that hears when a row may be claimed; "" = nobody is told
+--       5 claim_count "", or only rows of this claim_count are meant
 -- ITEM  id
 -- REPLY now_ms, per item: redriven | not_dead status | missing | forgotten
 -- ERRORS LK_ARGUMENT
 -- FLAGS none
 -- COST  O(m log n) for m items
 -- WHY   The token goes: an ack by the last holder of a redriven row would end a row that waits
---       again.
+--       again. A row is dead again only after another claim: with claim_count one order redrives it
+--       once, however often and late it arrives.
 local docs, state, due, dead, tally = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local now_ms, route, repeated, hint = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local claim_count = ARGV[5]
 
-local FIXED = 4
+local FIXED = 5
 local now = clock(now_ms)
 local count = #ARGV - FIXED
 if not now then
@@ -30,6 +33,9 @@ if not is_route(route) then
 end
 if not is_flag(repeated) then
   return refuse("repeated")
+end
+if claim_count ~= "" and not whole(claim_count, 0, NEVER_MS) then
+  return refuse("claim_count")
 end
 if count < 1 or count > ITEMS_MAX then
   return refuse("items")
@@ -48,7 +54,9 @@ for i = 1, count do
   local line = handled[id] or lines[i]
   local row = line and read_state(line)
   local outcome = "missing"
-  if row and row.status == "pending" and row.cause == "redriven" then
+  if row and claim_count ~= "" and row.claims ~= claim_count then
+    outcome = { "not_dead", row.status }
+  elseif row and row.status == "pending" and row.cause == "redriven" then
     outcome = "redriven"
   elseif row and row.status == "dead_lettered" then
     outcome = "redriven"

@@ -17,20 +17,22 @@
 --       7 dead_keep_ms    how long dead letters are kept
 --       8 dead_keep_count how many dead letters are kept
 --       9 hint       the channel that hears when a row may be claimed; "" = nobody is told
+--      10 claim_count "", or only rows of this claim_count are meant
 -- ITEM  id verdict note: verdict = sent | redrive | dead; note = a JSON string
 -- REPLY now_ms, per item: resolved | not_unknown status | missing | forgotten
 -- ERRORS LK_ARGUMENT
 -- FLAGS allow-oom
 -- COST  O(m log n) for m items
 -- WHY   A row that parks is unknown from the end of its lease on, also before a claim has written
---       it.
+--       it. With claim_count, a verdict about one attempt is never taken for one about the next.
 local docs, state, due, done = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local dead, unknown, errors, tally = KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local now_ms, route, repeated = ARGV[1], ARGV[2], ARGV[3]
 local keep_ms, keep_count, keep_bytes = ARGV[4], ARGV[5], ARGV[6]
 local dead_keep_ms, dead_keep_count, hint = ARGV[7], ARGV[8], ARGV[9]
+local claim_count = ARGV[10]
 
-local FIXED, WIDTH = 9, 3
+local FIXED, WIDTH = 10, 3
 local STATUS = { sent = "sent", redrive = "pending", dead = "dead_lettered" }
 local now = clock(now_ms)
 local age = whole(keep_ms, 0, DURATION_MS_MAX)
@@ -47,6 +49,9 @@ if not is_route(route) then
 end
 if not is_flag(repeated) then
   return refuse("repeated")
+end
+if claim_count ~= "" and not whole(claim_count, 0, NEVER_MS) then
+  return refuse("claim_count")
 end
 if not age or not most or not bytes_max or not dead_age or not dead_most then
   return refuse("keep")
@@ -83,7 +88,9 @@ for i = 1, count do
     local _, on_expiry = read_header(redis.call("HGET", docs, id) or "")
     parks = on_expiry == "park"
   end
-  if row and row.cause == "resolved" and row.status == STATUS[verdict] then
+  if row and claim_count ~= "" and row.claims ~= claim_count then
+    outcome = { "not_unknown", row.status }
+  elseif row and row.cause == "resolved" and row.status == STATUS[verdict] then
     outcome = "resolved"
   elseif row and (row.status == "unknown" or parks) then
     outcome = "resolved"

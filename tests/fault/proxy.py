@@ -63,7 +63,7 @@ class Proxy:
         self.path = path
         self._server_path = server_path
         self._plan: Plan | None = None
-        self._links: set[_Link] = set()
+        self._links: dict[_Link, asyncio.Task[None] | None] = {}
         self._held: list[tuple[_Link, list[bytes]]] = []
 
     async def __aenter__(self) -> Self:
@@ -72,8 +72,10 @@ class Proxy:
 
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
-        for link in list(self._links):
+        running = [task for task in self._links.values() if task is not None]
+        for link in self._links:
             link.end()
+        await asyncio.gather(*running)
         await self._server.wait_closed()
         os.unlink(self.path)
 
@@ -102,11 +104,11 @@ class Proxy:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         link = _Link(self, reader, writer)
-        self._links.add(link)
+        self._links[link] = asyncio.current_task()
         try:
             await link.run(self._server_path)
         finally:
-            self._links.discard(link)
+            del self._links[link]
 
     def plan_for(self, request: bytes) -> Plan | None:
         plan = self._plan
@@ -124,13 +126,13 @@ class _Link:
     ) -> None:
         self._proxy = proxy
         self._reader, self._writer = reader, writer
+        self._ended = asyncio.Event()
         self._asked: deque[Plan | None] = deque()
         self._letting_go: asyncio.Future[bytes | None] | None = None
         self._is_cut = False
 
     async def run(self, server_path: str) -> None:
         self._from_server, self._to_server = await asyncio.open_unix_connection(server_path)
-        self._ended = asyncio.Event()
         pumps = [asyncio.create_task(self._requests()), asyncio.create_task(self._replies())]
         try:
             await self._ended.wait()
@@ -138,8 +140,10 @@ class _Link:
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
-            self._writer.close()
-            self._to_server.close()
+            for writer in (self._writer, self._to_server):
+                writer.close()
+                with suppress(OSError):
+                    await writer.wait_closed()
 
     def end(self) -> None:
         self._ended.set()

@@ -1,4 +1,4 @@
-"""The README's example does what it says."""
+"""The README's examples do what they say."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from servers import Server
 README = Path(__file__).parents[2] / "README.md"
 
 
-def test_example_runs_as_printed(real_server: Server, tenant_name: str) -> None:
-    """The example of the README runs as it stands and prints what its comments promise."""
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def printed(number: int, server: Server, tenant_name: str) -> list[str]:
+    """The lines that an example prints, run as it stands but for the tenant's name."""
+    examples = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(examples) == 2
+    example = examples[number]
     own_tenant = example.replace('"production"', f'"{tenant_name}"')
 
     done = subprocess.run(
         [sys.executable, "-c", own_tenant],
-        env={**os.environ, "LEASEKIT_URL": real_server.url},
+        env={**os.environ, "LEASEKIT_URL": server.url},
         capture_output=True,
         text=True,
         timeout=30,
@@ -28,7 +30,20 @@ def test_example_runs_as_printed(real_server: Server, tenant_name: str) -> None:
     )
 
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    return done.stdout.splitlines()
+
+
+def test_consuming_runs_as_printed(real_server: Server, tenant_name: str) -> None:
+    """The dispatcher buries one letter, delivers the other at its second attempt, and stops."""
+    lines = printed(1, real_server, tenant_name)
+
+    assert lines == ["delivered to somewhere", "1 delivered, 1 dead"]
+
+
+def test_example_runs_as_printed(real_server: Server, tenant_name: str) -> None:
+    """The example of the README runs as it stands and prints what its comments promise."""
+    lines = printed(0, real_server, tenant_name)
+
     assert lines[0].startswith("delivering {'event': 'paid'} under fence ")
     assert lines[1] == "acked"
     assert lines[2].startswith("alone, under fence ")

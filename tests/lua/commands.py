@@ -42,6 +42,7 @@ DEFAULTS: dict[str, str | int] = {
     "statuses": "",
     "routes": "",
     "prefix": "",
+    "claim_count": "",
     "before_ms": 1_000,
     "unfinished": 0,
     "mark": "caller",

@@ -72,15 +72,15 @@ def test_coalesced_claims_call_the_server_as_often_as_one(real: Tenant) -> None:
 
 
 def test_a_claim_that_tells_its_lease_end_makes_one_call_more(real: Tenant) -> None:
-    """Once a lease a claim publishes; what it remembers of that costs no call of its own."""
+    """Once a lease a claim publishes, and notes what it told."""
     claim_and_ack(real, 1, "x" * 22)
     silent, _ = claim_and_ack(real, 10, "a" * 22)
-    real.enqueue("c1", now_ms="")
+    real.enqueue("c1", "c2", "c3", now_ms="")
 
     sooner = {"lease_ms": 1_000, "hint": real.keys.hint_channel}
-    telling = counted(real, "outbox/claim", ("c" * 22, 1, "a"), now_ms="", **sooner)
+    telling = counted(real, "outbox/claim", ("c" * 22, 3, "a"), now_ms="", **sooner)
 
-    assert telling - silent == {"publish": 1}
+    assert telling - silent == {"publish": 1, "hset": 1}
     assert not silent - telling
 
 

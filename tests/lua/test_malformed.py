@@ -37,6 +37,7 @@ BOUNDS = {
     "limit": (1, 1_000),
     "before_ms": (0, 2**53 - 1),
     "after_score": (0, 2**53 - 1),
+    "claim_count": (0, 2**53 - 1),
 }
 PURGE_LIMITS = (1, 250)
 TEXTS = {"after", "after_id", "after_route", "hint", "prefix", "statuses", "routes"}
@@ -110,7 +111,7 @@ def bad_values(name: str, word: str) -> list[str]:
     least, most = BOUNDS[word]
     if word == "limit" and name.endswith("/purge"):
         least, most = PURGE_LIMITS
-    empty = [] if word in ("now_ms", "after_score") else [""]
+    empty = [] if word in ("now_ms", "after_score", "claim_count") else [""]
     below = [str(least - 1)] if least else []
     return [*NOT_NUMBERS, *empty, *below, str(most + 1)]
 

@@ -99,3 +99,21 @@ def test_items_are_redriven_one_after_the_other(buried: Tenant) -> None:
 
     assert reply == [12, "redriven", "missing", "redriven"]
     assert buried.tally() == {"pending:l:t": 1, "claimed:l:t": 1}
+
+
+def test_a_redrive_that_names_the_claim_count_applies_once(buried: Tenant) -> None:
+    """An order about what was seen does nothing to the row once it has been claimed and buried again."""
+    order = {"claim_count": 1}
+    assert buried.run("outbox/redrive", ("m1",), now_ms=12, **order) == [12, "redriven"]
+    assert buried.run("outbox/redrive", ("m1",), now_ms=12, **order) == [12, "redriven"]
+    buried.claim(B, now_ms=12)
+    answer = ["not_dead", "claimed"]
+    assert buried.run("outbox/redrive", ("m1",), now_ms=13, **order) == [13, answer]
+    buried.run("outbox/nack", ("m1", B, "", 1, '"x"'), now_ms=14)
+    before = buried.dump()
+
+    reply = buried.run("outbox/redrive", ("m1",), ("m9",), now_ms=15, repeated=1, **order)
+
+    assert reply == [15, ["not_dead", "dead_lettered"], "missing"]
+    assert buried.dump() == before
+    assert buried.run("outbox/redrive", ("m1",), now_ms=16, claim_count=2) == [16, "redriven"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from lua.commands import A, B, Tenant, row
+from lua.commands import A, B, C, D, Tenant, row
 
 NOTE = '"asked the bank"'
 
@@ -214,3 +214,24 @@ def test_items_are_resolved_one_after_the_other(tenant: Tenant) -> None:
         "done_bytes": 42,
         "dead_bytes": 21,
     }
+
+
+@pytest.mark.parametrize("verdict", ["sent", "redrive", "dead"])
+def test_a_verdict_that_names_the_claim_count_is_about_that_attempt(
+    parked: Tenant, verdict: str
+) -> None:
+    """A late copy of an old verdict says nothing about the attempt that is unknown now."""
+    order = {"claim_count": 1}
+    redrive = ("m1", "redrive", NOTE)
+    assert parked.run("outbox/resolve", redrive, now_ms=30, **order) == [30, "resolved"]
+    assert parked.run("outbox/resolve", redrive, now_ms=30, **order) == [30, "resolved"]
+    parked.claim(C, now_ms=30)
+    parked.claim(D, now_ms=40)
+    before = parked.dump()
+
+    item = ("m1", verdict, NOTE)
+    reply = parked.run("outbox/resolve", item, now_ms=41, repeated=1, **order)
+
+    assert reply == [41, ["not_unknown", "unknown"]]
+    assert parked.dump() == before
+    assert parked.run("outbox/resolve", item, now_ms=42, claim_count=2) == [42, "resolved"]

@@ -1,0 +1,341 @@
+"""What `leasekit doctor` looks at: the server's settings and health, and with --deep the data.
+
+Each check is a pure function from what the server told to one line: ok, warn or fail, what was found,
+and what to do. Only fails make the exit code 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+import msgspec
+
+from leasekit import doctor, scripts
+from leasekit.cli.reading import Document
+from leasekit.client import Leasekit, Tenant
+from leasekit.connect import Backend, ServerInfo
+from leasekit.keys import Keys, tenant_parts
+
+__all__ = ["Check", "check_data", "check_server"]
+
+DRIFT_SECONDS = 1.0
+OFFSET_WARN_MS = 1_000
+DRIFT_WARN_MS = 50
+MEMORY_WARN = 0.8
+MEMORY_FAIL = 0.95
+TENANTS_A_PAGE = 1_000
+TENANTS_NAMED = 5
+FINDINGS_MAX = 1_000
+TENANT_NEVER = "doctor.asks"  # only named when rights are asked for; nothing is written to it
+
+Facts = Mapping[str, str]
+
+
+class Check(msgspec.Struct, frozen=True):
+    """One line: `level` is ok, warn or fail; `advice` is empty where there is nothing to do."""
+
+    name: str
+    level: str
+    what: str
+    advice: str = ""
+
+
+# --- the server: pure functions of what it told ---------------------------------------------------
+
+
+def check_version(info: ServerInfo) -> Check:
+    text = f"{info.name} {'.'.join(map(str, info.version))} at {info.url}"
+    if info.name == "memory":
+        return Check("server", "warn", text, "for tests only: nothing is durable or shared")
+    if not info.shebang:
+        advice = "flags of scripts are not enforced and a full memory stops acks: prefer Redis 7"
+        return Check("server", "warn", text, advice)
+    return Check("server", "ok", text)
+
+
+def check_eviction(facts: Facts) -> Check:
+    policy = facts.get("maxmemory_policy", "unknown")
+    evicted = int(facts.get("evicted_keys", "0"))
+    if evicted:
+        what = f"policy {policy}, and {evicted} keys were evicted since the server started"
+        advice = "data is lost: CONFIG SET maxmemory-policy noeviction, then doctor --deep"
+        return Check("eviction", "fail", what, advice)
+    if policy != "noeviction":
+        advice = (
+            "CONFIG SET maxmemory-policy noeviction, and write it into the server's configuration: "
+            "else rows and leases may vanish when its memory is full"
+        )
+        return Check("eviction", "fail", f"policy {policy}", advice)
+    return Check("eviction", "ok", "policy noeviction")
+
+
+def check_persistence(persistence: str, facts: Facts) -> Check:
+    """Persistence, and what an acknowledged write survives by it."""
+    broken = [
+        name
+        for name in ("aof_last_write_status", "rdb_last_bgsave_status", "aof_last_bgrewrite_status")
+        if facts.get(name, "ok") != "ok"
+    ]
+    if broken:
+        advice = "look at the server's log and disk; until then a crash loses what was written"
+        return Check("persistence", "fail", f"{persistence}; failing: {', '.join(broken)}", advice)
+    always = "acknowledged writes survive a power cut"
+    some = "a power cut loses about the last second of acknowledged writes"
+    set_always = "CONFIG SET appendfsync always where no acknowledged write may be lost"
+    level, what, advice = {
+        "aof:always": ("ok", always, ""),
+        "aof:everysec": ("warn", some, set_always),
+        "aof:no": ("warn", "a power cut loses what the system had not written yet", set_always),
+        "rdb": ("warn", "a crash loses all since the last snapshot", "CONFIG SET appendonly yes"),
+        "none": ("warn", "a restart loses everything", "CONFIG SET appendonly yes"),
+        "memory": ("warn", "the end of this process loses everything", "use a real server"),
+    }.get(persistence, ("warn", "the server does not tell", "allow this user +config|get"))
+    return Check("persistence", level, f"{persistence}: {what}", advice)
+
+
+def check_replication(facts: Facts) -> Check:
+    role = facts.get("role", "master")
+    replicas = int(facts.get("connected_slaves", "0"))
+    if role != "master":
+        advice = "name the primary in the URL: a replica refuses writes"
+        return Check("durability", "fail", f"this server is a {role}", advice)
+    if replicas:
+        what = (
+            f"{replicas} replicas, which follow asynchronously: a failover can lose what was acked"
+        )
+        return Check("durability", "warn", what, "min-replicas-to-write halves the loss")
+    return Check("durability", "ok", "no replicas: what this one server keeps is what there is")
+
+
+def check_memory(facts: Facts) -> Check:
+    used = int(facts.get("used_memory", "0"))
+    most = int(facts.get("maxmemory", "0"))
+    told = "of maxmemory"
+    if not most:
+        most, told = int(facts.get("total_system_memory", "0")), "of the machine's; no maxmemory"
+    if not used or not most:
+        return Check("memory", "ok", "the server does not tell")
+    share = used / most
+    what = f"{used / 2**20:.0f} MiB used, {share:.0%} {told} ({most / 2**20:.0f} MiB)"
+    advice = (
+        "finish or purge rows, keep fewer of them, or raise maxmemory: enqueues are refused soon"
+    )
+    if share >= MEMORY_FAIL:
+        return Check("memory", "fail", what, advice)
+    return (
+        Check("memory", "warn", what, advice)
+        if share >= MEMORY_WARN
+        else Check("memory", "ok", what)
+    )
+
+
+def check_clock(offset_ms: float, drift_ms: float) -> Check:
+    """Offset: server less local. Drift: how much that changed over DRIFT_SECONDS."""
+    what = f"the server is {abs(offset_ms):.0f} ms {'ahead of' if offset_ms > 0 else 'behind'} here"
+    what += f"; {abs(drift_ms):.0f} ms of drift in {DRIFT_SECONDS:g} s"
+    if abs(drift_ms) > DRIFT_WARN_MS:
+        advice = "a clock is being set, or steps: leases may end early; let one NTP daemon slew it"
+        return Check("clock", "warn", what, advice)
+    if abs(offset_ms) > OFFSET_WARN_MS:
+        advice = "leases count on the server's clock alone; available_at_ms of yours is off by this"
+        return Check("clock", "warn", what, advice)
+    return Check("clock", "ok", what)
+
+
+def check_scripts(loaded: Mapping[str, bool]) -> Check:
+    missing = [name for name, is_there in loaded.items() if not is_there]
+    if missing:
+        what = f"{len(missing)} of {len(loaded)} are not loaded: {', '.join(missing[:5])}"
+        advice = "allow this user script|load: clients load what is missing when they connect"
+        return Check("scripts", "fail", what, advice)
+    return Check("scripts", "ok", f"all {len(loaded)} loaded, each with this version's sha")
+
+
+def check_errors(facts: Facts) -> Check:
+    """Errors that no healthy client causes, since the server started or its statistics were reset."""
+    found = {
+        name.removeprefix("errorstat_"): value.removeprefix("count=")
+        for name, value in facts.items()
+        if name.startswith("errorstat_LK_") or name in ("errorstat_OOM", "errorstat_WRONGTYPE")
+    }
+    if not found:
+        return Check("errors", "ok", "no LK_ error, WRONGTYPE or OOM in errorstats")
+    what = ", ".join(f"{name} {count}" for name, count in sorted(found.items()))
+    if any(name != "OOM" for name in found):
+        advice = "a bug or damage: doctor --deep, and report it; CONFIG RESETSTAT starts anew"
+        return Check("errors", "fail", what, advice)
+    return Check("errors", "warn", what, "the memory was full: raise maxmemory or keep fewer rows")
+
+
+def check_rights(refused: list[str] | None) -> Check:
+    if refused is None:
+        return Check(
+            "rights", "ok", "this server does not tell; what was needed so far was allowed"
+        )
+    if refused:
+        advice = "allow them in the user's ACL: connecting, repeats or writing need them"
+        return Check("rights", "fail", f"this user may not: {', '.join(refused)}", advice)
+    return Check("rights", "ok", "this user may do what leasekit does")
+
+
+async def check_server(kit: Leasekit) -> list[Check]:
+    """All checks of the server, in the order in which they are shown."""
+    backend = kit.backend
+    facts = await _facts(backend)
+    first_ms = await _offset_ms(kit)
+    await asyncio.sleep(DRIFT_SECONDS)
+    second_ms = await _offset_ms(kit)
+    return [
+        check_version(kit.server),
+        *([check_eviction(facts)] if kit.server.name != "memory" else []),
+        check_persistence(kit.server.persistence, facts),
+        check_replication(facts),
+        check_memory(facts),
+        check_clock(second_ms, second_ms - first_ms),
+        check_scripts(await _loaded(backend)),
+        check_errors(facts),
+        check_rights(await _refused(kit)),
+    ]
+
+
+async def _facts(backend: Backend) -> dict[str, str]:
+    facts: dict[str, str] = {}
+    for section in ("everything", "errorstats"):
+        reply = await backend.ask("INFO", section) or b""
+        lines = reply.decode("utf-8", "replace").splitlines()
+        facts |= dict(line.split(":", 1) for line in lines if ":" in line)
+    return facts
+
+
+async def _offset_ms(kit: Leasekit) -> float:
+    """Server's clock less the local one, taken at the middle of the question."""
+    before_s = time.time()
+    server_ms = await kit.now_ms()
+    return server_ms - (before_s + time.time()) / 2 * 1_000
+
+
+async def _loaded(backend: Backend) -> dict[str, bool]:
+    names = list(scripts.read_scripts())
+    found = await backend.ask(*scripts.exists_command(shebang=backend.info.shebang))
+    answers = found or [0] * len(names)
+    return {name: bool(is_there) for name, is_there in zip(names, answers, strict=True)}
+
+
+def _needed(prefix: str) -> Sequence[tuple[str, ...]]:
+    """The commands that leasekit cannot do without, as they would be sent."""
+    keys, sha = Keys(prefix, TENANT_NEVER), next(iter(scripts.read_scripts().values())).sha
+    return (
+        ("evalsha", sha(shebang=True), "1", keys.fence),
+        ("hset", keys.outbox_docs, "field", "value"),
+        ("zadd", keys.outbox_done, "1", "member"),
+        scripts.load_commands(shebang=True)[0],
+        ("info",),
+        ("time",),
+        ("client", "id"),
+        ("client", "kill", "id", "1"),
+    )
+
+
+async def _refused(kit: Leasekit) -> list[str] | None:
+    """The commands that the server would refuse this user; None where it cannot be asked."""
+    backend = kit.backend
+    user = await backend.ask("ACL", "WHOAMI")
+    if user is None:
+        return None
+    refused = []
+    for command in _needed(kit.prefix):
+        answer = await backend.ask("ACL", "DRYRUN", user, *command)
+        if answer is None:
+            return None
+        if answer != b"OK":
+            refused.append(command[0].lower())
+    return refused
+
+
+# --- the data -------------------------------------------------------------------------------------
+
+
+async def check_data(
+    kit: Leasekit, tenant: Tenant | None, progress: Callable[[int], None]
+) -> AsyncIterator[Check]:
+    """The registry against the keys that there are, then each tenant's sweep, finding by finding."""
+    found = await doctor.scan_keys(kit.backend, kit.prefix, tenant.tag if tenant else None)
+    if tenant is None:
+        # Read after the keys: a tenant is registered before its first key is written.
+        registered = await _registered(kit)
+        for check in check_registry(registered, await _with_data(kit, registered, set(found))):
+            yield check
+    for tag in sorted([tenant.tag] if tenant else found):
+        count = 0
+        name = _name(tag)
+        async for finding in doctor.sweep(
+            kit.backend, kit.prefix, tag, keys_found=found.get(tag, set()), on_progress=progress
+        ):
+            count += 1
+            if count > FINDINGS_MAX:
+                what = f"more than {FINDINGS_MAX} findings: the rest was not looked for"
+                yield Check(f"data of {name}", "fail", what, "restore this tenant from a backup")
+                break
+            where = f"{finding.key} {finding.id}" if finding.id else finding.key
+            what = f"{finding.kind} at {where}: {finding.what}"
+            yield Check(f"data of {name}", "fail", what, finding.advice)
+        if not count:
+            yield Check(f"data of {name}", "ok", "every row, list, count and lease agrees")
+
+
+async def _with_data(kit: Leasekit, registered: set[str], stored: set[str]) -> set[str]:
+    """The tenants that have keys; those that got some since the keys were scanned included."""
+    late = set()
+    for tag in registered - stored:
+        keys = Keys(kit.prefix, tag)
+        if await kit.backend.command("EXISTS", keys.outbox_docs, keys.lease_docs, keys.fence):
+            late.add(tag)
+    return stored | late
+
+
+async def _registered(kit: Leasekit) -> set[str]:
+    tags: set[str] = set()
+    cursor: str | None = None
+    while True:
+        page = await kit.tenants(cursor, limit=TENANTS_A_PAGE)
+        tags.update(tenant.tag for tenant in page.items)
+        cursor = page.next_cursor
+        if cursor is None:
+            return tags
+
+
+def check_registry(registered: set[str], stored: set[str]) -> list[Check]:
+    """Tenants that the registry names against tenants that have keys."""
+    checks = []
+    if gone := sorted(registered - stored):
+        what = f"{len(gone)} registered tenants have no data: {_names(gone)}"
+        advice = "normal where everything was forgotten; else their data is lost"
+        checks.append(Check("registry", "warn", what, advice))
+    if unknown := sorted(stored - registered):
+        what = f"{len(unknown)} tenants have data and are not registered: {_names(unknown)}"
+        advice = "lists of tenants leave them out; the next write of a client registers them"
+        checks.append(Check("registry", "fail", what, advice))
+    return checks or [Check("registry", "ok", f"{len(stored)} tenants, each of them registered")]
+
+
+def _names(tags: list[str]) -> str:
+    named = ", ".join(_name(tag) for tag in tags[:TENANTS_NAMED])
+    return named + (", ..." if len(tags) > TENANTS_NAMED else "")
+
+
+def _name(tag: str) -> str:
+    try:
+        parts = tenant_parts(tag)
+    except ValueError:
+        return tag
+    return "/".join(part for part in parts if part is not None)
+
+
+def as_document(kit: Leasekit, checks: list[Check]) -> Document:
+    return {
+        "server": kit.server.url,
+        "healthy": all(check.level != "fail" for check in checks),
+        "checks": [msgspec.to_builtins(check) for check in checks],
+    }
