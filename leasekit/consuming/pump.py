@@ -351,10 +351,13 @@ class Pump:
         """Run the handler on a claim, then say what became of it."""
         assert self._handler is not None
         claim, timeout_ms = held.claim, self._options.handler_timeout_ms
-        limit = asyncio.timeout(None if timeout_ms is None else timeout_ms / 1_000)
+        limit = None if timeout_ms is None else asyncio.timeout(timeout_ms / 1_000)
         try:
-            async with limit:
+            if limit is None:
                 await self._handler(claim)
+            else:
+                async with limit:
+                    await self._handler(claim)
         except asyncio.CancelledError:
             if held.is_lost or self._is_cutting:
                 raise
@@ -369,7 +372,7 @@ class Pump:
             await self._failed(held, str(error), error.delay_ms)
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
-            if limit.expired():
+            if limit is not None and limit.expired():
                 text = f"TimeoutError: the handler took longer than {timeout_ms} ms"
             await self._failed(held, text, None)
         else:

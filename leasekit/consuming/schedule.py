@@ -25,6 +25,9 @@ from typing import Any
 __all__ = ["Entry", "Room", "Schedule"]
 
 
+CLAIM_ROWS_MAX = 200
+
+
 class Room:
     """A tenant's share: at most `most` rows in flight, over all its routes."""
 
@@ -111,7 +114,7 @@ class Schedule:
                 continue
             if entry.credit <= 0:
                 entry.credit = entry.turn
-            rows = min(entry.credit, self.free, left)
+            rows = min(entry.credit, self.free, left, CLAIM_ROWS_MAX)
             entry.is_ready = False
             entry.is_claiming = True
             self.free -= rows
