@@ -249,7 +249,8 @@ class Pump:
         self._is_cutting = True
         self._empty.set()
         for held in list(self._held):
-            if held.task is not None and not held.is_over:
+            # An ack on its way is not taken back: nobody would know what became of the row.
+            if held.task is not None and not held.is_over and not held.is_finishing:
                 held.task.cancel()
 
     def _fail(self, error: LeasekitError) -> None:
@@ -397,6 +398,7 @@ class Pump:
         if held.is_over or held.is_lost:
             return
         self._keeper.let_go(held)
+        held.is_finishing = True
         repeat = False
         while True:
             try:
