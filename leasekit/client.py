@@ -210,6 +210,7 @@ class Leasekit:
     async def close(self) -> None:
         """Refuse new calls, let those under way finish, and close all connections."""
         await self._shared.coalescer.close()
+        self._shared.hub.wake_all()  # whoever consumes finds the client closed, and ends
         for task in list(self._shared.background):
             task.cancel()
         await self._shared.backend.close()

@@ -41,7 +41,7 @@ class Hub:
     def add(self, hearer: Hearer, tags: Iterable[str] | None) -> None:
         """Let somebody hear the hints of these tenants, None = of all; `on_gap` follows."""
         if self._listener is None:
-            self._listener = self._backend.listen(self._on_message, self._on_gap)
+            self._listener = self._backend.listen(self._on_message, self.wake_all)
         if tags is None:
             self._of_all.add(hearer)
             self._listener.subscribe_pattern(hint_pattern(self._prefix), then=hearer.on_gap)
@@ -80,7 +80,8 @@ class Hub:
         for hearer in (*self._of_tenant.get(tag, ()), *self._of_all):
             hearer.on_hint(tag, route, int(delay))
 
-    def _on_gap(self) -> None:
+    def wake_all(self) -> None:
+        """Let all hearers look for themselves: hints may have been missed, or the client closes."""
         hearers = set(self._of_all).union(*self._of_tenant.values())
         for hearer in hearers:
             hearer.on_gap()

@@ -23,7 +23,10 @@ TICK_MOST_S = 2.5
 class Held:
     """A claim that this process works on."""
 
-    __slots__ = ("claim", "entry", "extend_at_s", "is_extending", "is_lost", "is_over", "task")
+    __slots__ = (
+        *("claim", "entry", "extend_at_s", "is_extending", "is_finishing", "is_lost", "is_over"),
+        "task",
+    )
 
     def __init__(self, entry: Any, claim: Any) -> None:
         self.entry = entry
@@ -31,6 +34,7 @@ class Held:
         self.task: asyncio.Task[None] | None = None
         self.extend_at_s = 0.0
         self.is_extending = False
+        self.is_finishing = False
         self.is_lost = False
         self.is_over = False
 

@@ -249,7 +249,8 @@ class Pump:
         self._is_cutting = True
         self._empty.set()
         for held in list(self._held):
-            if held.task is not None and not held.is_over:
+            # An ack on its way is not taken back: nobody would know what became of the row.
+            if held.task is not None and not held.is_over and not held.is_finishing:
                 held.task.cancel()
 
     def _fail(self, error: LeasekitError) -> None:
@@ -351,10 +352,13 @@ class Pump:
         """Run the handler on a claim, then say what became of it."""
         assert self._handler is not None
         claim, timeout_ms = held.claim, self._options.handler_timeout_ms
-        limit = asyncio.timeout(None if timeout_ms is None else timeout_ms / 1_000)
+        limit = None if timeout_ms is None else asyncio.timeout(timeout_ms / 1_000)
         try:
-            async with limit:
+            if limit is None:
                 await self._handler(claim)
+            else:
+                async with limit:
+                    await self._handler(claim)
         except asyncio.CancelledError:
             if held.is_lost or self._is_cutting:
                 raise
@@ -369,7 +373,7 @@ class Pump:
             await self._failed(held, str(error), error.delay_ms)
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
-            if limit.expired():
+            if limit is not None and limit.expired():
                 text = f"TimeoutError: the handler took longer than {timeout_ms} ms"
             await self._failed(held, text, None)
         else:
@@ -394,6 +398,7 @@ class Pump:
         if held.is_over or held.is_lost:
             return
         self._keeper.let_go(held)
+        held.is_finishing = True
         repeat = False
         while True:
             try:

@@ -24,6 +24,11 @@ from typing import Any
 
 __all__ = ["Entry", "Room", "Schedule"]
 
+# A claim takes about as many rows as a flight carries: handlers begin with the first while the next
+# are on their way.
+CLAIM_ROWS_MAX = 200
+DUES_LEAST = 1_000
+
 
 class Room:
     """A tenant's share: at most `most` rows in flight, over all its routes."""
@@ -69,6 +74,7 @@ class Schedule:
         self._poll_s = poll_s
         self._ready: deque[Entry] = deque()
         self._dues: list[tuple[float, int, Entry]] = []
+        self._dues_most = DUES_LEAST
         self._numbers = itertools.count()
 
     def wake(self, entry: Entry, delay_s: float, now_s: float) -> None:
@@ -77,6 +83,8 @@ class Schedule:
             if now_s + delay_s < entry.due_s:
                 entry.due_s = now_s + delay_s
                 heapq.heappush(self._dues, (entry.due_s, next(self._numbers), entry))
+                if len(self._dues) > self._dues_most:
+                    self._forget_old_dues()
         elif entry.is_claiming:
             entry.is_woken = True  # The claim under way may have been too early to see it.
         elif not entry.is_ready:
@@ -111,7 +119,7 @@ class Schedule:
                 continue
             if entry.credit <= 0:
                 entry.credit = entry.turn
-            rows = min(entry.credit, self.free, left)
+            rows = min(entry.credit, self.free, left, CLAIM_ROWS_MAX)
             entry.is_ready = False
             entry.is_claiming = True
             self.free -= rows
@@ -161,6 +169,12 @@ class Schedule:
         if room.waiting and room.in_flight < room.most:
             self._ready.extend(room.waiting)
             room.waiting.clear()
+
+    def _forget_old_dues(self) -> None:
+        """Drop times that count no more, which a busy entry leaves behind with each claim."""
+        self._dues = [due for due in self._dues if due[0] == due[2].due_s]
+        heapq.heapify(self._dues)
+        self._dues_most = max(2 * len(self._dues), DUES_LEAST)
 
     def _until_poll_s(self, entry: Entry, now_s: float) -> float:
         left_s = self._poll_s - (now_s - entry.phase * self._poll_s) % self._poll_s

@@ -27,8 +27,9 @@ import pytest
 import redis
 from servers import NoServer, binary_of
 
+import leasekit
 from leasekit import embedded
-from leasekit.errors import InvalidInput, Unavailable
+from leasekit.errors import InvalidInput, LeasekitError, OutcomeUnknown, Unavailable
 
 WAIT_SECONDS_MAX = 10
 WAIT_STEP_SECONDS = 0.01
@@ -36,6 +37,7 @@ WAIT_STEP_SECONDS = 0.01
 # Says where the server is, uses it until a line comes, and stops. It survives a ctrl-C.
 USER = """
 import asyncio, signal, sys
+import leasekit
 from leasekit import embedded
 
 async def main():
@@ -573,3 +575,33 @@ def make_binary(path: Path, script: str) -> Path:
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
     return path
+
+
+async def test_a_client_goes_on_where_its_server_died(directory: Path) -> None:
+    """Each death of a directory's server is followed by a new one, with all that was acknowledged."""
+    async with leasekit.connect(f"embedded://{directory}") as kit:
+        outbox = kit.tenant("acme", "production").outbox
+        ids = [(await outbox.enqueue("lane", "target", 0)).row.id]
+        for number in (1, 2, 3):
+            os.kill(await server_pid(kit), signal.SIGKILL)
+            ids.append((await outbox.enqueue("lane", "target", number)).row.id)
+        claims = await outbox.claim("lane", "target", limit=10, consumer="c")
+        assert [claim.row.id for claim in claims] == ids
+        assert [await claim.ack() for claim in claims] == ["acked"] * 4
+
+
+async def test_no_empty_server_follows_a_temporary_one() -> None:
+    """The data of a temporary directory is gone with its server: the client says so, and stays away."""
+    async with leasekit.connect("embedded://", timeout_ms=200) as kit:
+        outbox = kit.tenant("acme", "production").outbox
+        await outbox.enqueue("lane", "target", 0)
+        os.kill(await server_pid(kit), signal.SIGKILL)
+        for _ in range(2):
+            with pytest.raises(LeasekitError) as raised:
+                await outbox.enqueue("lane", "target", 1)
+            assert isinstance(raised.value, Unavailable | OutcomeUnknown)
+
+
+async def server_pid(kit: leasekit.Leasekit) -> int:
+    info: bytes = await kit._shared.backend.command("INFO", "server")
+    return int(info.partition(b"process_id:")[2].split()[0])

@@ -383,6 +383,20 @@ async def test_what_does_not_finish_in_time_is_released_uncharged(outbox: Outbox
     assert running.counts == RunCounts(claimed=1, released=1)
 
 
+async def test_stopping_in_mid_work_loses_count_of_nothing(outbox: Outbox) -> None:
+    """Acks that are on their way when the time is over are waited for; the rest is released."""
+    await asyncio.gather(*(outbox.enqueue("mail", "alice", number) for number in range(500)))
+    async with Running(outbox.run, "mail", "alice", accept, drain_ms=0) as running:
+        async with asyncio.timeout(WAIT_S):
+            while running.counts.acked < 100:
+                await next_moment()
+    counts, done = await outbox.counts(), running.counts
+    assert (counts.sent, counts.claimed, counts.pending) == (done.acked, 0, 500 - done.acked)
+    assert done == RunCounts(
+        claimed=done.acked + done.released, acked=done.acked, released=done.released
+    )
+
+
 async def test_being_cancelled_drains_and_twice_cuts_short(outbox: Outbox) -> None:
     """Cancellation stops as stop does and is raised afterwards; the second one does not wait."""
     began = asyncio.Event()
@@ -409,7 +423,7 @@ async def test_being_cancelled_drains_and_twice_cuts_short(outbox: Outbox) -> No
 
 async def test_closing_the_client_ends_a_run(kit: Leasekit, outbox: Outbox) -> None:
     """A run on a client that was closed says so instead of waiting for ever."""
-    running = Running(outbox.run, "mail", "alice", accept, poll_ms=20)
+    running = Running(outbox.run, "mail", "alice", accept, poll_ms=60_000)
     for _ in range(10):
         await next_moment()
     await kit.close()

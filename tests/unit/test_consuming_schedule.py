@@ -153,6 +153,19 @@ def test_without_hints_each_is_asked_once_in_a_period() -> None:
     assert sum(later) / len(later) == pytest.approx(200, rel=0.02)
 
 
+def test_old_due_times_do_not_gather() -> None:
+    """A busy entry that is claimed again and again leaves a bounded number of times behind."""
+    schedule = Schedule(10, poll_s=1_000)
+    a = entry_of("a")
+    for number in range(20_000):
+        schedule.wake(a, 0, number)
+        [(_, asked)] = served(schedule)
+        schedule.took(a, asked, 0, more=False, next_s=30, now_s=number)
+
+    assert len(schedule._dues) <= 2_000
+    assert schedule.next_due_s() == 19_999 + 30
+
+
 def test_what_failed_stands_back_and_gives_its_slots_back() -> None:
     """A failed claim is tried again after its pause, or when somebody wakes it."""
     schedule = Schedule(10, poll_s=1)
