@@ -220,7 +220,9 @@ def doctor(*, deep: bool = False, common: Common = COMMON) -> int:
     """
     console = tables.make_console()
     # It says itself, in one line, what the client warns of while it connects.
-    logging.getLogger("leasekit").setLevel(logging.ERROR)
+    logger = logging.getLogger("leasekit")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
 
     async def examine() -> Document:
         async with open_kit(common.url, common.prefix, allow_eviction=True) as kit:
@@ -240,7 +242,10 @@ def doctor(*, deep: bool = False, common: Common = COMMON) -> int:
                     checks += [one async for one in checkup.check_data(kit, tenant, look_on)]
             return checkup.as_document(kit, checks)
 
-    document = _run(examine())
+    try:
+        document = _run(examine())
+    finally:
+        logger.setLevel(level)
     if common.json:
         _write_json(document)
     else:

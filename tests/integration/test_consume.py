@@ -12,7 +12,18 @@ import pytest
 from servers import Server, ServerProcess
 
 import leasekit
-from leasekit import InvalidInput, Leasekit, Permanent, RetryAfter, RunCounts, Tenant, Unavailable
+from leasekit import (
+    InvalidInput,
+    Leasekit,
+    LeasekitError,
+    OutcomeUnknown,
+    Permanent,
+    RetryAfter,
+    RunCounts,
+    Tenant,
+    Unavailable,
+)
+from leasekit.hints import Hub
 from leasekit.model import RowStatus
 from leasekit.outbox import Claim, Outbox
 
@@ -183,11 +194,11 @@ async def test_all_consumers_of_a_client_share_one_subscription(
 ) -> None:
     """However many run, there is one connection that listens, and none after the last."""
 
-    def listening() -> int:
-        return len(real_server.raw.execute_command("CLIENT", "LIST", "TYPE", "pubsub").splitlines())
+    def connections() -> int:
+        return len(real_server.raw.client_list())
 
-    before = listening()
     async with leasekit.connect(real_server.url, prefix=tenant_name) as kit:
+        before = connections()
         async with AsyncExitStack() as stack:
             for number in range(12):
                 outbox = kit.tenant("a", str(number % 3)).outbox
@@ -195,9 +206,9 @@ async def test_all_consumers_of_a_client_share_one_subscription(
                 await stack.enter_async_context(run)
                 await outbox.enqueue("mail", f"t{number}", {})
                 await run.until(acked=1)
-            assert listening() == before + 1
+            assert connections() == before + 1
         async with asyncio.timeout(WAIT_S):
-            while listening() > before:  # the server hears of the end a moment later
+            while connections() > before:  # the server hears of the end a moment later
                 await next_moment()
 
 
@@ -344,6 +355,38 @@ async def test_a_lost_lease_cancels_the_handler(
     assert running.counts == RunCounts(claimed=1, lost=1)
 
 
+@pytest.mark.parametrize("error", [Unavailable("planted"), OutcomeUnknown("planted")])
+async def test_what_fails_in_passing_is_tried_again(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch, error: LeasekitError
+) -> None:
+    """A claim that failed is made again soon, an unknown one by its name; an ack is repeated as such."""
+    claim, claims = Outbox.claim, []
+    ack, acks = Claim.ack, []
+
+    async def failing_claim(one: Outbox, lane: str, target: str, **options: Any) -> Any:
+        claims.append((options["claim_id"], options["repeat"]))
+        if len(claims) == 1:
+            raise error
+        return await claim(one, lane, target, **options)
+
+    async def failing_ack(one: Claim, *, repeat: bool = False) -> Any:
+        acks.append(repeat)
+        if len(acks) == 1:
+            raise error
+        return await ack(one, repeat=repeat)
+
+    monkeypatch.setattr(Outbox, "claim", failing_claim)
+    monkeypatch.setattr(Claim, "ack", failing_ack)
+    monkeypatch.setattr(Hub, "add", lambda *arguments: None)  # nobody wakes it
+    await outbox.enqueue("mail", "alice", {})
+    options = {"poll_ms": 3_600_000}
+    async with Running(outbox.run, "mail", "alice", accept, **options) as running:
+        await running.until(acked=1, claim_errors=1)
+    assert acks == [False, True]
+    same_name = isinstance(error, OutcomeUnknown)
+    assert (claims[1][0] == claims[0][0], claims[1][1]) == (same_name, same_name)
+
+
 # --- stopping -------------------------------------------------------------------------------------
 
 
@@ -430,7 +473,7 @@ async def test_closing_the_client_ends_a_run(kit: Leasekit, outbox: Outbox) -> N
         await next_moment()
     await kit.close()
     with pytest.raises(Unavailable, match="closed"):
-        async with asyncio.timeout(WAIT_S):
+        async with asyncio.timeout(SOON_S):
             await running.task
 
 
