@@ -205,18 +205,6 @@ def tail(
     _run(follow())
 
 
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """The doctor says itself, in one line, what the client warns of while it connects."""
-    logger = logging.getLogger("leasekit")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 @app.command
 def doctor(*, deep: bool = False, common: Common = COMMON) -> int:
     """Examine the server; with --deep, the data of all tenants.
@@ -231,6 +219,10 @@ def doctor(*, deep: bool = False, common: Common = COMMON) -> int:
         Look through all data for what does not agree.
     """
     console = tables.make_console()
+    # It says itself, in one line, what the client warns of while it connects.
+    logger = logging.getLogger("leasekit")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
 
     async def examine() -> Document:
         async with open_kit(common.url, common.prefix, allow_eviction=True) as kit:
@@ -250,8 +242,10 @@ def doctor(*, deep: bool = False, common: Common = COMMON) -> int:
                     checks += [one async for one in checkup.check_data(kit, tenant, look_on)]
             return checkup.as_document(kit, checks)
 
-    with _without_warnings():
+    try:
         document = _run(examine())
+    finally:
+        logger.setLevel(level)
     if common.json:
         _write_json(document)
     else:

@@ -182,13 +182,20 @@ def test_it_goes_on_after_a_killed_server(load: Callable[..., Load], directory: 
 
 
 def test_rows_lost_with_a_server_are_found(
-    load: Callable[..., Load], private_server: Callable[..., ServerProcess]
+    load: Callable[..., Load], private_server: Callable[..., ServerProcess], package_copy: Path
 ) -> None:
     """A server that keeps nothing loses what it acknowledged, and the load test says so."""
     server = private_server("valkey-9")  # no append-only file
     # Processes and kinds that are out of step: some rows are between their calls at any moment.
     words = ("--duration", "3", "--lease-ms", "500", "--processes", "3")
-    run = load("--url", server.url, *words, "--mix", "lifecycle=1,nack=1,extend=1")
+    run = load(
+        "--url",
+        server.url,
+        *words,
+        "--mix",
+        "lifecycle=1,nack=1,extend=1",
+        package_root=package_copy,
+    )
     wait_for(lambda: sent(server.raw) > 100)
     server.kill()
     server.start()
