@@ -52,8 +52,8 @@ local function is_flag(text)
 end
 
 -- Whether a text stands behind another byte by byte. Lua's own < goes by the server's locale, in
--- which "aa" may stand behind "b" (Danish) and "-" count for nothing (most others). Equal beginnings
--- are skipped at once: ids of one millisecond differ in their last characters only.
+-- which "aa" may stand behind "b" (Danish) and "-" count for nothing (most others). Equal
+-- beginnings are skipped at once: ids of one millisecond differ in their last characters only.
 local function is_behind(left, right)
   local at, last = 1, math.min(#left, #right)
   for size = 16, 8, -8 do
