@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 Table = Sequence[tuple[Row, Sequence[Figure]]]
 
 
-def circumstances(server: str, rounds: int) -> dict[str, Any]:
+def circumstances(server: str, rounds: int, *, is_pinned: bool) -> dict[str, Any]:
     return {
         "leasekit": leasekit.__version__,
         "server": server,
@@ -29,7 +30,14 @@ def circumstances(server: str, rounds: int) -> dict[str, Any]:
         "machine": f"{_processor()}, {platform.system()} {platform.release()}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "rounds": rounds,
+        "load": _load(is_pinned),
     }
+
+
+def _load(is_pinned: bool) -> str:
+    """How busy the machine was, the bench included: two is what the bench alone makes of it."""
+    pinned = "server and client pinned to a core each" if is_pinned else "not pinned"
+    return f"{os.getloadavg()[0]:.1f} at the end, {pinned}" if hasattr(os, "getloadavg") else pinned
 
 
 def _processor() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import shutil
 import socket
 import subprocess
@@ -42,8 +43,11 @@ class Cost:
 class Server:
     """A server process of the bench's own, gone with everything in it after `stop`."""
 
-    def __init__(self, binary: str | None = None) -> None:
-        binary, _ = embedded._find_binary(binary or shutil.which("redis-server"))
+    core: int | None = None  # where servers run; `pin` decides
+    binary: str | None = None
+
+    def __init__(self) -> None:
+        binary, _ = embedded._find_binary(self.binary or shutil.which("redis-server"))
         self.directory = tempfile.mkdtemp(prefix="lkb")
         self.socket_path = f"{self.directory}/s"
         with socket.socket() as probe:
@@ -67,6 +71,8 @@ class Server:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
+        if self.core is not None:
+            os.sched_setaffinity(self._process.pid, {self.core})
         self._client = redis.Redis(unix_socket_path=self.socket_path)
         give_up_at = time.monotonic() + STARTS_WITHIN_S
         while not self._answers():
@@ -112,6 +118,14 @@ class Server:
         self._process.terminate()
         self._process.wait()
         shutil.rmtree(Path(self.directory), ignore_errors=True)
+
+
+def pin() -> None:
+    """Servers on one core, this process and the peers on another, so that they work side by side."""
+    if not hasattr(os, "sched_setaffinity") or len(cores := sorted(os.sched_getaffinity(0))) < 2:
+        raise SystemExit("--pin needs Linux and two cores")
+    Server.core = cores[0]
+    os.sched_setaffinity(0, {cores[1]})
 
 
 class ByHand:

@@ -53,7 +53,7 @@ class Peer:
 
 
 PEERS = (
-    Peer("leasekit", (), True, 50_000, "concurrency 1000"),
+    Peer("leasekit", (), True, 50_000, "four outbox.run of concurrency 400"),
     Peer("bullmq", ("bullmq", "ioredis"), True, 10_000, "node, concurrency 200, removeOnComplete"),
     Peer(
         "saq",

@@ -1,4 +1,4 @@
-"""leasekit: one asyncio task a row, each acknowledging its own."""
+"""leasekit: `outbox.run`, one asyncio task a row, each row acknowledged once its handler returns."""
 
 import asyncio
 
@@ -8,7 +8,7 @@ from protocol import TEXT, URL, jobs, run_until_done, serve_async
 import leasekit
 
 LANE, TARGET = "bench", "destination"
-ROWS_AT_ONCE, ROWS_A_CLAIM = 1_000, 200
+RUNS, CONCURRENCY = 4, 400
 
 
 async def main():
@@ -24,19 +24,15 @@ async def main():
                 await outbox.enqueue_many(drafts[first : first + 1_000])
 
         async def handle(claim):
-            await claim.ack()
             jobs.done()
 
-        async def take():
-            while True:
-                claims = await outbox.claim(LANE, TARGET, limit=ROWS_A_CLAIM, consumer="bench")
-                await asyncio.gather(*[handle(claim) for claim in claims])
-
-        async def consume():
-            await asyncio.gather(*[take() for _ in range(ROWS_AT_ONCE // ROWS_A_CLAIM)])
-
         async def process(count):
-            await run_until_done(count, consume())
+            # Side by side: one works on its rows while the server claims for another.
+            runs = [
+                outbox.run(LANE, TARGET, handle, consumer="bench", concurrency=CONCURRENCY)
+                for _ in range(RUNS)
+            ]
+            await run_until_done(count, asyncio.gather(*runs))
 
         await serve_async(prepare, process)
 
