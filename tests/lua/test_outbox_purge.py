@@ -41,6 +41,17 @@ def test_purge_deletes_up_to_an_instant(
     assert list(finished.dump().get("outbox:done", {})) == left
 
 
+def test_purge_of_an_entry_without_a_row(tenant: Tenant) -> None:
+    """An entry whose row is gone goes as well, and counts for no bytes."""
+    tenant.is_damaged = True
+    tenant.raw.zadd(tenant.keys.outbox_done, {"ghost": 5})
+
+    reply = tenant.run("outbox/purge", now_ms=20, noun="done", before_ms=10, limit=10)
+
+    assert reply == [20, 1, 0]
+    assert tenant.dump() == {"outbox:tally": {"horizon": "ghost"}}
+
+
 def test_purge_of_dead_letters(finished: Tenant) -> None:
     """A dead letter goes with document, state and errors, is counted off, and raises the horizon."""
     before = finished.dump()
