@@ -29,7 +29,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -43,9 +43,9 @@ from leasekit.scripts import Argument, Script
 
 __all__ = ["Coalescer", "Reply", "local_clock_s"]
 
-FLIGHT_ROWS = 200
+FLIGHT_ROWS = 100
 FLIGHT_BYTES = 128 * 1024
-FLIGHTS_MAX = 3
+FLIGHTS_MAX = 4
 ITEMS_MAX = 1_000
 QUEUE_ROWS_MAX = 20_000
 QUEUE_BYTES_MAX = 64 * 1024 * 1024
@@ -73,10 +73,10 @@ class Reply:
 
     head: list[Any]
     sent_at_s: float
+    now_ms: int = field(init=False)
 
-    @property
-    def now_ms(self) -> int:
-        return int(self.head[0])
+    def __post_init__(self) -> None:
+        self.now_ms = int(self.head[0])
 
 
 Variant = tuple[Any, ...]
@@ -210,14 +210,20 @@ class Coalescer:
         future: asyncio.Future[Any] = self._loop.create_future()
         call = _Call(fields, decode, context, rows, size, undo, future)
         key = (script.name, tenant, variant, bool(repeat))
-        if self._waiting or self._is_full:
+        queued_rows, queued_bytes = self._queued_rows, self._queued_bytes
+        if self._waiting or queued_rows >= QUEUE_ROWS_MAX or queued_bytes >= QUEUE_BYTES_MAX:
             # Back-pressure: the caller waits in line until the queue has room again.
             self._waiting.append((key, call, script, bind, head))
             return future
         group = self._groups.get(key)
         if group is None:
             group = self._open_group(key, script, bind, head)
-        self._enter(group, call)
+        group.calls.append(call)
+        self._queued_rows = queued_rows + rows
+        self._queued_bytes = queued_bytes + size
+        if not self._flush_is_due and self._flights < FLIGHTS_MAX:
+            self._flush_is_due = True
+            self._loop.call_soon(self._flush)
         return future
 
     async def close(self) -> None:
@@ -300,7 +306,6 @@ class Coalescer:
                 if rows and (rows + call.rows > FLIGHT_ROWS or size + call.size > FLIGHT_BYTES):
                     break
                 taken.append(calls.popleft())
-                self._forget(call)
                 rows += call.rows
                 size += call.size
             if taken:
@@ -316,6 +321,8 @@ class Coalescer:
                 self._ready.append(group)
             else:
                 del self._groups[group.key]
+        self._queued_rows -= rows
+        self._queued_bytes -= size
         return parts
 
     def _forget(self, call: _Call) -> None:

@@ -165,7 +165,11 @@ class Idempotency:
             undo=undo,
             repeat=repeat,
         )
-        reservation: Reservation = await scope.granted(future, undo)
+        try:
+            reservation: Reservation = await future
+        except asyncio.CancelledError:
+            scope.undo_late(future, undo)
+            raise
         return reservation
 
     def _read_reserved(

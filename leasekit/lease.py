@@ -172,7 +172,11 @@ class Leases:
             undo=undo,
             repeat=repeat,
         )
-        acquisition: Acquisition = await scope.granted(future, undo)
+        try:
+            acquisition: Acquisition = await future
+        except asyncio.CancelledError:
+            scope.undo_late(future, undo)
+            raise
         return acquisition
 
     def _give_back(self, acquisition: Acquisition, now_ms: int | None) -> None:

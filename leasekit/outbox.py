@@ -94,11 +94,27 @@ _read_resolve = reader_of(ResolveOutcome)
 
 
 @lru_cache(maxsize=4096)
-def _check_route(lane: str, target: str) -> str:
-    """The route of a lane and a target, checked; what was good once is remembered."""
+def _good_route(lane: str, target: str) -> str:
     codec.check_text(lane, "lane")
     codec.check_text(target, "target")
     return route_of(lane, target)
+
+
+def _check_route(lane: str, target: str) -> str:
+    """The route of a lane and a target, checked; what was good once is remembered."""
+    try:
+        return _good_route(lane, target)
+    except TypeError:  # A value that cannot even be looked up is no text.
+        codec.check_text(lane, "lane")
+        codec.check_text(target, "target")
+        raise
+
+
+def _check_consumer(consumer: str) -> None:
+    """Refuse a bad consumer; a blank one in the words of spec/outbox 1.4."""
+    if isinstance(consumer, str) and (not consumer or consumer.isspace()):
+        raise InvalidInput("consumer_id is required", field="consumer")
+    codec.check_text(consumer, "consumer")
 
 
 class Claim:
@@ -326,12 +342,9 @@ class Outbox:
         payload = codec.canonical_json(
             draft.payload, "payload", bytes_max=self._scope.settings.payload_bytes_max
         )
-        header = (
-            f"{available} {attempts or 0} {draft.on_expiry} {route} "
-            f"{'~' if dedupe_key is None else encode_word(dedupe_key)} "
-            f"{'~' if run_id is None else encode_word(run_id)}\n"
+        body = (
+            _draft_header(available, attempts, draft.on_expiry, route, dedupe_key, run_id) + payload
         )
-        body = header.encode() + payload
         if dedupe_key is None:
             return row_id, route, body, ""
         digest = codec.short_digest(route.encode(), dedupe_key.encode())
@@ -361,9 +374,9 @@ class Outbox:
         self, item: Any, context: tuple[Draft, str], reply: Reply
     ) -> Enqueued | LeasekitError:
         draft, row_id = context
-        word = word_of(item)
-        if word == "created":
+        if item == b"created":
             return Enqueued(_fresh_row(draft, row_id, reply.now_ms), True)
+        word = word_of(item)
         if word == "duplicate":
             held_by = item[1].decode()
             return Enqueued(_row_of_draft(draft, held_by, item[2], item[3], reply.now_ms), False)
@@ -413,13 +426,7 @@ class Outbox:
         for it are released. Source: spec/outbox 1.5.2.
         """
         route = _check_route(lane, target)
-        try:
-            codec.check_text(consumer, "consumer")
-        except InvalidInput as error:
-            if str(error) == "consumer is required":
-                # The words of spec/outbox 1.4.
-                raise InvalidInput("consumer_id is required", field="consumer") from None
-            raise
+        _check_consumer(consumer)
         codec.check_whole(limit, "limit", 0, codec.BATCH_MAX)
         codec.check_whole(lease_ms, "lease_ms", 0, codec.LEASE_MS_MAX)
         token = codec.new_token() if claim_id is None else codec.check_token(claim_id, "claim_id")
@@ -444,7 +451,11 @@ class Outbox:
             undo=undo,
             repeat=repeat,
         )
-        claimed: ClaimedRows = await scope.granted(future, undo)
+        try:
+            claimed: ClaimedRows = await future
+        except asyncio.CancelledError:
+            scope.undo_late(future, undo)
+            raise
         if claimed:
             scope.stay_registered()  # Not for a look that finds nothing: idle tenants stay idle.
         return claimed
@@ -460,10 +471,13 @@ class Outbox:
         fence, lease_end = int(item[1]), item[2]
         deadline_s = reply.sent_at_s + (lease_end - now) / 1_000
         for at in range(3, len(item), _ROW_WIDTH):
-            row_id = item[at].decode()
-            words, payload = _read_document(item[at + 1])
+            header, _, payload = item[at + 1].partition(b"\n")
+            created, _, words = header.partition(b" ")
+            created_at = int(created)
+            available_at, max_attempts, on_expiry, dedupe_key, run_id = _read_draft_words(words)
+            errors = item[at + 4]
             row = Row(
-                id=row_id,
+                id=item[at].decode(),
                 lane=lane,
                 target=target,
                 payload=codec.decode_json(payload),
@@ -471,17 +485,17 @@ class Outbox:
                 cause="claimed",
                 attempt_count=item[at + 2],
                 claim_count=item[at + 3],
-                max_attempts=int(words[2]) or None,
-                on_expiry=words[3],
-                created_at_ms=int(words[0]),
-                available_at_ms=int(words[1]) or int(words[0]),
-                dedupe_key=None if words[5] == "~" else decode_word(words[5]),
-                run_id=None if words[6] == "~" else decode_word(words[6]),
+                max_attempts=max_attempts,
+                on_expiry=on_expiry,
+                created_at_ms=created_at,
+                available_at_ms=available_at or created_at,
+                dedupe_key=dedupe_key,
+                run_id=run_id,
                 consumer=consumer,
                 fence=fence,
                 claimed_at_ms=lease_end - lease_ms,  # not now: this may be a repeat
                 lease_expires_at_ms=lease_end,
-                errors=_read_errors(item[at + 4]),
+                errors=_read_errors(errors) if errors else (),
             )
             claimed.append(Claim(self, row, token, fence, lease_end, deadline_s))
         return claimed
@@ -1088,6 +1102,37 @@ def _check_status(status: RowStatus | str) -> RowStatus:
         words = ", ".join(word for word in RowStatus if word is not RowStatus.FORGOTTEN)
         raise InvalidInput(f"status must be one of {words}", field="status")
     return found
+
+
+@lru_cache(maxsize=4096)
+def _draft_header(
+    available_at: int,
+    attempts: int | None,
+    on_expiry: str,
+    route: str,
+    dedupe_key: str | None,
+    run_id: str | None,
+) -> bytes:
+    """What stands before the payload; the reverse of `_read_draft_words`, and remembered as it is."""
+    dedupe = "~" if dedupe_key is None else encode_word(dedupe_key)
+    run = "~" if run_id is None else encode_word(run_id)
+    return f"{available_at} {attempts or 0} {on_expiry} {route} {dedupe} {run}\n".encode()
+
+
+@lru_cache(maxsize=4096)
+def _read_draft_words(
+    words: bytes,
+) -> tuple[int, int | None, str, str | None, str | None]:
+    """The header words that a row has from its draft: available_at, max_attempts, on_expiry, dedupe
+    key and run id. Remembered, because most rows of a route have the same."""
+    available_at, attempts, on_expiry, _, dedupe_key, run_id = words.decode().split(" ")
+    return (
+        int(available_at),
+        int(attempts) or None,
+        on_expiry,
+        None if dedupe_key == "~" else decode_word(dedupe_key),
+        None if run_id == "~" else decode_word(run_id),
+    )
 
 
 def _read_document(doc: bytes) -> tuple[Sequence[str], bytes]:

@@ -100,9 +100,11 @@ class Scope:
     @property
     def must_register(self) -> bool:
         """Whether a write has to wait for `register` first (cheap: asked before every write)."""
-        if self.is_new:
+        due_at_s = self.shared.touch_due_at_s.get(self.tag)
+        if due_at_s is None:
             return True
-        self.stay_registered()
+        if time.monotonic() >= due_at_s:
+            self.stay_registered()
         return False
 
     def stay_registered(self) -> None:
@@ -171,18 +173,14 @@ class Scope:
                 raise scripts.translate(second, script.name, tenant=self.tag) from None
         return reply
 
-    async def granted(self, future: asyncio.Future[Grant], undo: Callable[[Grant], None]) -> Grant:
-        """Wait for what may be granted; undo it for a caller who is cancelled as the answer arrives.
+    def undo_late(self, future: asyncio.Future[Grant], undo: Callable[[Grant], None]) -> None:
+        """Undo what was granted to a caller who was cancelled as the answer arrived.
 
         Until then the coalescer undoes; between the answer and its caller's next turn nobody would.
         """
-        try:
-            return await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled() and future.exception() is None:
-                with suppress(LeasekitError):  # Closed meanwhile: the lease ends by itself.
-                    undo(future.result())
-            raise
+        if future.done() and not future.cancelled() and future.exception() is None:
+            with suppress(LeasekitError):  # Closed meanwhile: the lease ends by itself.
+                undo(future.result())
 
     def in_background(self, awaitable: asyncio.Future[Any]) -> None:
         """Let something finish that nobody waits for; its failure is nobody's loss."""

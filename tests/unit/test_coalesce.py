@@ -127,7 +127,9 @@ class Desk:
 
 
 @pytest.fixture
-async def desk() -> Any:
+async def desk(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A coalescer that has three flights under way at most; the rules hold for any number."""
+    monkeypatch.setattr(coalesce, "FLIGHTS_MAX", 3)
     wire = PlayedWire()
     coalescer = Coalescer(wire, shebang=True, timeout_ms=1_000)
     await coalescer.start()
@@ -192,6 +194,12 @@ async def test_a_lone_call_leaves_in_the_same_turn_without_a_timer(
     assert timers == []
 
 
+def test_some_flights_are_under_way_at_a_time() -> None:
+    """One would make client and server wait for each other; too many gather too little (design 5)."""
+    assert 2 <= FLIGHTS_MAX <= 4
+    assert 100 <= FLIGHT_ROWS <= 200
+
+
 async def test_what_arrives_while_flights_are_under_way_travels_together(desk: Desk) -> None:
     """Three flights at most are under way; meanwhile calls gather for the next one."""
     asked = []
@@ -200,7 +208,7 @@ async def test_what_arrives_while_flights_are_under_way_travels_together(desk: D
         await turns()
 
     assert desk.wire.waiting == [[["a"]], [["b"]], [["c"]]]
-    assert desk.coalescer.flights == FLIGHTS_MAX == 3
+    assert desk.coalescer.flights == 3
     assert desk.coalescer.queued_rows == 4
     desk.wire.answer()
     await turns()
@@ -252,14 +260,14 @@ async def test_callers_who_were_answered_join_the_next_flight(desk: Desk) -> Non
 
 
 async def test_a_flight_is_bounded_in_rows(desk: Desk) -> None:
-    """200 rows leave, the next ones wait for the next flight; a claim counts the rows it asks for."""
+    """So many rows leave, the next ones wait for the next flight; a claim counts the rows it asks for."""
     for number in range(FLIGHT_ROWS + 1):
         desk.ask(f"n{number}")
     await turns()
     assert [len(flight[0]) for flight in desk.wire.waiting] == [FLIGHT_ROWS, 1]
 
     await desk.wire.answer_all()
-    desk.ask("x", one=CLAIM, rows=150)
+    desk.ask("x", one=CLAIM, rows=FLIGHT_ROWS - 50)
     desk.ask("y", one=CLAIM, rows=50)
     desk.ask("z", one=CLAIM, rows=1)
     await turns()

@@ -138,7 +138,9 @@ async def turns(count: int = 2) -> None:
 
 
 @pytest.fixture
-async def desk() -> Any:
+async def desk(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A coalescer that has three flights under way at most; the rules hold for any number."""
+    monkeypatch.setattr(coalesce, "FLIGHTS_MAX", 3)
     wire = ServedWire()
     coalescer = Coalescer(wire, shebang=True, timeout_ms=1_000)
     await coalescer.start()
