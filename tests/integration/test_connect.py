@@ -363,7 +363,7 @@ async def test_stalled_server_fails_all_outstanding_at_the_deadline(
 ) -> None:
     """When the oldest send has no reply in time, the connection is closed and nobody knows."""
     async with Proxy(folder / "p", running("valkey-9")) as proxy:
-        wire = await opened.wire(proxy.url, timeout_ms=150)
+        wire = await opened.wire(proxy.url, timeout_ms=500)
         assert await wire.send([("PING",)]) == [b"PONG"]
         proxy.replies = "swallow"
         started_at = time.monotonic()
@@ -383,7 +383,7 @@ async def test_stalled_server_fails_all_outstanding_at_the_deadline(
 
 async def test_idle_wire_outlives_its_deadline(server: Server, opened: Opener) -> None:
     """The deadline belongs to a send: a connection without one stays open."""
-    wire = await opened.wire(server.url, timeout_ms=100)
+    wire = await opened.wire(server.url, timeout_ms=500)
     assert await wire.send([("PING",)]) == [b"PONG"]
     elapsed = asyncio.get_running_loop().create_future()
     asyncio.get_running_loop().call_later(0.25, elapsed.set_result, None)
