@@ -363,7 +363,7 @@ async def test_stalled_server_fails_all_outstanding_at_the_deadline(
 ) -> None:
     """When the oldest send has no reply in time, the connection is closed and nobody knows."""
     async with Proxy(folder / "p", running("valkey-9")) as proxy:
-        wire = await opened.wire(proxy.url, timeout_ms=500)
+        wire = await opened.wire(proxy.url, timeout_ms=150)
         assert await wire.send([("PING",)]) == [b"PONG"]
         proxy.replies = "swallow"
         started_at = time.monotonic()
@@ -393,12 +393,12 @@ async def test_idle_wire_outlives_its_deadline(server: Server, opened: Opener) -
 
 
 async def blocked_loop(url: str) -> list[Any]:
-    backend = await open_backend(url, timeout_ms=100)
+    backend = await open_backend(url, timeout_ms=400)
     wire = backend.wire()
     await wire.connect()
     reply = wire.send([("ECHO", "in time")])
     await one_turn()
-    blocked_until = time.monotonic() + 0.2
+    blocked_until = time.monotonic() + 0.6
     while time.monotonic() < blocked_until:
         pass
     try:
