@@ -218,6 +218,7 @@ class Coalescer:
         group = self._groups.get(key)
         if group is None:
             group = self._open_group(key, script, bind, head)
+        # What _enter does, written out: every call of every caller passes here.
         group.calls.append(call)
         self._queued_rows = queued_rows + rows
         self._queued_bytes = queued_bytes + size
