@@ -6,10 +6,10 @@ import asyncio
 import json
 import os
 import random
-import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -22,34 +22,98 @@ from leasekit.outbox import Outbox
 PrivateServer = Callable[..., ServerProcess]
 
 ROWS = 300
+ROWS_HELD = 7  # what a racer takes at once
+RACE_SECONDS_MAX = 30
 
-# Claims until all rows are sent, and says of each row what came of its ack. argv: url, tenant,
-# lease_ms, and for how long it holds what it claimed before it acks.
+# Claims until all rows are sent, and says of each row what came of its ack. Its first claim it holds
+# until it is told to go on. argv: url, tenant, lease_ms, and for how long it holds every other claim
+# before it acks.
 RACER = """
 import asyncio, json, sys
 import leasekit
+
+async def told():
+    assert await asyncio.to_thread(sys.stdin.readline) == "go\\n"
 
 async def main(url, tenant, lease_ms, held_ms):
     async with leasekit.connect(url) as kit:
         outbox = kit.tenant(tenant, "w").outbox
         await outbox.counts()
         print("ready", flush=True)
-        await asyncio.to_thread(sys.stdin.readline)
+        await told()
+        is_first = True
         while True:
             claims = await outbox.claim("mail", "alice", limit=7, lease_ms=lease_ms, consumer="c")
-            if claims:
+            if claims and is_first:
+                print("holding", flush=True)
+                await told()
+                is_first = False
+            elif claims:
                 await asyncio.sleep(held_ms / 1_000)
             outcomes = await asyncio.gather(*[claim.ack() for claim in claims])
             for claim, outcome in zip(claims, outcomes):
                 print(json.dumps([claim.row.id, claim.fence, outcome]))
-            counts = await outbox.counts()
-            if not counts.pending and not counts.claimed:
-                return
             if not claims:
+                counts = await outbox.counts()
+                if not is_first and not counts.pending and not counts.claimed:
+                    return
                 await asyncio.sleep(0.01)
 
 asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
 """
+
+
+class Racer:
+    """A process that runs RACER, told what to do over a pipe."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._process, self._in, self._out = process, process.stdin, process.stdout
+
+    async def says(self, word: str) -> None:
+        async with asyncio.timeout(RACE_SECONDS_MAX):
+            assert await self._out.readline() == f"{word}\n".encode()
+
+    def go(self) -> None:
+        self._in.write(b"go\n")
+
+    async def seen(self) -> list[Any]:
+        """All that it saw, (id, fence, outcome) each, once it has ended."""
+        async with asyncio.timeout(RACE_SECONDS_MAX):
+            lines = (await self._out.read()).splitlines()
+            assert await self._process.wait() == 0
+        return [json.loads(line) for line in lines]
+
+    async def end(self) -> None:
+        if self._process.returncode is None:
+            self._process.kill()
+        await self._process.communicate()
+
+
+@asynccontextmanager
+async def racers(
+    url: str, tenant: str, *, lease_ms: int, held_ms: tuple[int, int]
+) -> AsyncIterator[list[Racer]]:
+    """Two racers that are connected and wait to be told to claim."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    started: list[Racer] = []
+    try:
+        for held in held_ms:
+            arguments = [sys.executable, "-c", RACER, url, tenant, str(lease_ms), str(held)]
+            process = await asyncio.create_subprocess_exec(
+                *arguments,
+                env=environment,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+            )
+            started.append(Racer(process))
+        for racer in started:
+            await racer.says("ready")
+        yield started
+    finally:
+        for racer in started:
+            await racer.end()
 
 
 async def fill(outbox: Outbox, count: int) -> list[str]:
@@ -59,37 +123,6 @@ async def fill(outbox: Outbox, count: int) -> list[str]:
     return [one.row.id for one in enqueued]
 
 
-def race(url: str, tenant: str, *, lease_ms: int, held_ms: tuple[int, int]) -> list[Any]:
-    """Two racers, let go at the same moment; gives what each saw: id, fence, outcome."""
-    arguments = [sys.executable, "-c", RACER, url, tenant, str(lease_ms)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    racers = [
-        subprocess.Popen(
-            [*arguments, str(held)],
-            env=environment,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        for held in held_ms
-    ]
-    try:
-        for racer in racers:
-            assert racer.stdout is not None
-            assert racer.stdout.readline() == "ready\n"
-        for racer in racers:
-            assert racer.stdin is not None
-            racer.stdin.write("go\n")
-            racer.stdin.flush()
-        outputs = [racer.communicate(timeout=30)[0] for racer in racers]
-    finally:
-        for racer in racers:
-            racer.kill()
-            racer.wait()
-    assert [racer.returncode for racer in racers] == [0, 0]
-    return [[json.loads(line) for line in output.splitlines()] for output in outputs]
-
-
 async def test_two_processes_never_hold_one_row_at_once(
     real_server: Server, tenant_name: str
 ) -> None:
@@ -97,12 +130,17 @@ async def test_two_processes_never_hold_one_row_at_once(
     async with leasekit.connect(real_server.url) as kit:
         outbox = kit.tenant(tenant_name, "w").outbox
         ids = await fill(outbox, ROWS)
-        seen = await asyncio.to_thread(
-            race, real_server.url, tenant_name, lease_ms=20_000, held_ms=(3, 3)
-        )
+        async with racers(real_server.url, tenant_name, lease_ms=20_000, held_ms=(3, 3)) as both:
+            for racer in both:
+                racer.go()
+            for racer in both:
+                await racer.says("holding")
+            for racer in both:
+                racer.go()
+            seen = [await racer.seen() for racer in both]
         counts = await outbox.counts()
 
-    assert all(seen), "one of them got nothing: there was no race"
+    assert all(seen)
     assert sorted(id for one in seen for id, _, _ in one) == sorted(ids)
     assert {outcome for one in seen for _, _, outcome in one} == {"acked"}
     assert (counts.sent, counts.pending, counts.claimed) == (ROWS, 0, 0)
@@ -110,13 +148,21 @@ async def test_two_processes_never_hold_one_row_at_once(
 
 async def test_of_many_holders_one_ends_the_row(real_server: Server, tenant_name: str) -> None:
     """One racer holds everything for longer than the lease: each row is acked by exactly one
-    holder, none is lost, and the ack that counts is that of the row's last fence."""
+    holder, none is lost, and the ack that counts is that of the row's last fence.
+
+    At first there is only what the slow one holds, so that the other's first claim takes it over.
+    """
     async with leasekit.connect(real_server.url) as kit:
         outbox = kit.tenant(tenant_name, "w").outbox
-        ids = await fill(outbox, ROWS)
-        seen = await asyncio.to_thread(
-            race, real_server.url, tenant_name, lease_ms=20, held_ms=(60, 2)
-        )
+        ids = await fill(outbox, ROWS_HELD)
+        async with racers(real_server.url, tenant_name, lease_ms=20, held_ms=(60, 2)) as both:
+            for racer in both:
+                racer.go()
+                await racer.says("holding")
+            ids += await fill(outbox, ROWS - ROWS_HELD)
+            for racer in both:
+                racer.go()
+            seen = [await racer.seen() for racer in both]
         rows = {id: await outbox.get(id) for id in ids}
 
     held = [entry for one in seen for entry in one]
