@@ -1,0 +1,1 @@
+"""The gate: before an external side effect its intent is recorded and granted to one sender."""
