@@ -11,12 +11,14 @@ from importlib.metadata import version
 
 from leasekit.client import Leasekit, Tenant, connect
 from leasekit.codec import new_id, new_token
+from leasekit.durability import Durability, replicated
 from leasekit.errors import (
     Conflict,
     CorruptState,
     InvalidInput,
     LeasekitError,
     LeaseLost,
+    NotDurable,
     OutcomeUnknown,
     Overloaded,
     Permanent,
@@ -30,10 +32,12 @@ __all__ = [
     "Conflict",
     "CorruptState",
     "Draft",
+    "Durability",
     "InvalidInput",
     "LeaseLost",
     "Leasekit",
     "LeasekitError",
+    "NotDurable",
     "Outcome",
     "OutcomeUnknown",
     "Overloaded",
@@ -47,6 +51,7 @@ __all__ = [
     "connect",
     "new_id",
     "new_token",
+    "replicated",
 ]
 
 __version__ = version("leasekit")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -10,7 +11,6 @@ from types import TracebackType
 from typing import Any, Literal
 
 from leasekit import codec
-from leasekit.coalesce import Coalescer
 from leasekit.connect import Backend, ServerInfo, open_backend
 from leasekit.consuming import (
     BACKOFF_MS_DEFAULT,
@@ -20,6 +20,7 @@ from leasekit.consuming import (
     Pump,
     make_pump,
 )
+from leasekit.durability import Durability, durability_of
 from leasekit.errors import InvalidInput, Unavailable
 from leasekit.hints import Hub
 from leasekit.idempotency import Idempotency
@@ -34,10 +35,12 @@ from leasekit.scope import (
     Shared,
     decode_cursor,
     encode_cursor,
+    make_coalescer,
 )
 
 __all__ = ["Leasekit", "Tenant", "connect"]
 
+DURABILITY_VARIABLE = "LEASEKIT_DURABILITY"
 TIMEOUT_MS_DEFAULT = 5_000
 TIMEOUT_MS_MAX = 600_000
 TENANTS_REMEMBERED = 10_000
@@ -86,6 +89,11 @@ class Leasekit:
     def backend(self) -> Backend:
         """The server itself, for tools that look beneath the concepts and write nothing."""
         return self._shared.backend
+
+    @property
+    def durability(self) -> Durability:
+        """The class of durability of calls that name none."""
+        return self._shared.coalescer.durability
 
     @property
     def prefix(self) -> str:
@@ -209,7 +217,7 @@ class Leasekit:
 
     async def close(self) -> None:
         """Refuse new calls, let those under way finish, and close all connections."""
-        await self._shared.coalescer.close()
+        await self._shared.close()
         self._shared.hub.wake_all()  # whoever consumes finds the client closed, and ends
         for task in list(self._shared.background):
             task.cancel()
@@ -225,6 +233,8 @@ class connect(AbstractAsyncContextManager[Leasekit]):  # reads as a function
     replays, which makes every call take now_ms. timeout_ms: how long a reply may take, and how long a
     call waits for a lost connection to come back; one whose reply was lost is repeated within twice
     that. allow_eviction: accept a server that may drop rows. payload_bytes_max: at most 1 MiB.
+    durability: what an answered write survives, where a call names nothing else: `none`, `fsync`,
+    `replicated(2)`; None = the environment's LEASEKIT_DURABILITY, else `none`.
 
     Raises InvalidInput and Unavailable. After `await`, close it: `await kit.close()`.
     """
@@ -235,6 +245,7 @@ class connect(AbstractAsyncContextManager[Leasekit]):  # reads as a function
         *,
         prefix: str = "lk",
         retention: Retention | None = None,
+        durability: Durability | str | None = None,
         clock: Literal["server", "caller"] = "server",
         timeout_ms: int = TIMEOUT_MS_DEFAULT,
         allow_eviction: bool = False,
@@ -250,6 +261,9 @@ class connect(AbstractAsyncContextManager[Leasekit]):  # reads as a function
             least = 1 if field == "dedupe_ms" else 0
             most = codec.DURATION_MS_MAX if field.endswith("_ms") else codec.INSTANT_MS_MAX
             codec.check_whole(getattr(kept, field), f"retention.{field}", least, most)
+        if durability is None:
+            durability = os.environ.get(DURABILITY_VARIABLE) or "none"
+        self._durability = durability_of(durability)
         self._url = url
         self._timeout_ms = timeout_ms
         self._allow_eviction = allow_eviction
@@ -267,9 +281,7 @@ class connect(AbstractAsyncContextManager[Leasekit]):  # reads as a function
             raise
 
     async def _open_on(self, backend: Backend) -> Leasekit:
-        coalescer = Coalescer(
-            backend.wire(), shebang=backend.info.shebang, timeout_ms=self._timeout_ms
-        )
+        coalescer = make_coalescer(self._settings, backend, self._durability)
         await coalescer.start()
         hub = Hub(backend, self._settings.prefix)
         return Leasekit(Shared(self._settings, backend, coalescer, hub))

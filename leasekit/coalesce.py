@@ -19,7 +19,15 @@ back). Before that the server must have dropped the old connection, or a request
 be applied after its repeat: `CLIENT KILL ID` is answered before any call leaves on the new one. Where
 that cannot be had, the caller is told OutcomeUnknown and decides.
 
-Source: design 5; measured in bench/.
+**Durability.** A coalescer is of one class. Under `replicated(n)` a flight that may have written ends with
+`tenant/barrier` and one `WAIT n`. The barrier is a write of its own, because WAIT waits for what its
+connection wrote last: after a call that wrote nothing it passed on Valkey 9.1 and Redis 7.0 with the only
+replica stopped, and so it did after a PUBLISH in a cluster; after the barrier it did not, on Redis 6.2 and
+with full memory neither. Where fewer than n replicas answer in time, callers get NotDurable, and what was
+granted is given back. Under `fsync` the server's settings are verified with each connection; WAITAOF is not
+used, because it acknowledges on Valkey 9.1 under `everysec` what is not synced.
+
+Source: design 5, 7; measured in bench/.
 """
 
 from __future__ import annotations
@@ -38,7 +46,14 @@ from redis.exceptions import ResponseError
 
 from leasekit import scripts
 from leasekit.connect import ConnectionLost, Wire
-from leasekit.errors import LeasekitError, OutcomeUnknown, ScriptFailed, Unavailable
+from leasekit.durability import NONE, Durability
+from leasekit.errors import (
+    LeasekitError,
+    NotDurable,
+    OutcomeUnknown,
+    ScriptFailed,
+    Unavailable,
+)
 from leasekit.scripts import Argument, Script
 
 __all__ = ["Coalescer", "Reply", "local_clock_s"]
@@ -52,8 +67,17 @@ QUEUE_BYTES_MAX = 64 * 1024 * 1024
 RECONNECT_FIRST_MS = 10
 RECONNECT_MOST_MS = 500
 REPEATS_MAX = 2
+# The server runs nothing of this connection while it waits: a second flight is there when it is done.
+FLIGHTS_MAX_WAITING = 2
+# What a server must say that syncs each write before it answers.
+FSYNC_SETTINGS = {
+    "appendonly": "yes",
+    "appendfsync": "always",
+    "no-appendfsync-on-rewrite": "no",
+}
 REPEAT_WITHIN_TIMEOUTS = 2
 
+_BARRIER = scripts.script("tenant/barrier")
 _RUN_ID = re.compile(rb"\brun_id:(\w+)")
 _LOCAL_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
@@ -97,6 +121,7 @@ class _Call(msgspec.Struct, eq=False, gc=False):
     rows: int
     size: int
     undo: Undo | None
+    lease_ms: int | None
     future: Any
     lost_count: int = 0
     first_sent_at_s: float = 0.0
@@ -133,13 +158,44 @@ class _Group:
 _Part = tuple[_Group, list[_Call]]
 
 
-class Coalescer:
-    """Gathers calls into flights over one wire. One event loop; `start` first, `close` last."""
+class _Shortfall(msgspec.Struct, frozen=True):
+    """How far a flight's writes got, where that was not far enough; `why` in words."""
 
-    def __init__(self, wire: Wire, *, shebang: bool, timeout_ms: int) -> None:
+    reached: int
+    wanted: int
+    why: str
+
+
+class Coalescer:
+    """Gathers calls into flights over one wire. One event loop; `start` first, `close` last.
+
+    durability: of all its calls. barrier_key: a tenant's key for `tenant/barrier`, which `replicated`
+    needs.
+    """
+
+    def __init__(
+        self,
+        wire: Wire,
+        *,
+        shebang: bool,
+        timeout_ms: int,
+        durability: Durability = NONE,
+        barrier_key: Callable[[str], str] | None = None,
+    ) -> None:
         self._wire = wire
         self._shebang = shebang
         self._timeout_s = timeout_ms / 1_000
+        self.durability = durability
+        self._barrier_key: Callable[[str], str] | None = None
+        self._flights_max = FLIGHTS_MAX
+        if durability.kind == "replicated":
+            if barrier_key is None:
+                raise TypeError("replicated needs a key for its barrier")
+            self._barrier_key = barrier_key
+            self._flights_max = min(FLIGHTS_MAX, FLIGHTS_MAX_WAITING)
+        # A reply comes after the waits of all flights under way, and must be in time.
+        in_time_ms = timeout_ms // 2 // self._flights_max
+        self._wait_ms = max(min(durability.timeout_ms, in_time_ms), 1)
         self._groups: dict[_Key, _Group] = {}
         self._ready: deque[_Group] = deque()
         self._flights = 0
@@ -159,7 +215,10 @@ class Coalescer:
         self._is_closed = False
 
     async def start(self) -> None:
-        """Connect and give the server the scripts. Raises Unavailable or ScriptFailed."""
+        """Connect and give the server the scripts.
+
+        Raises Unavailable, also for a server that cannot keep the class of durability, or ScriptFailed.
+        """
         self._loop = asyncio.get_running_loop()
         await self._connect()
 
@@ -192,6 +251,7 @@ class Coalescer:
         size: int = 0,
         head: int = 1,
         undo: Undo | None = None,
+        lease_ms: int | None = None,
         repeat: bool = False,
     ) -> asyncio.Future[Any]:
         """Queue one item; the future gives what `decode(item reply, context, Reply)` returns.
@@ -201,14 +261,15 @@ class Coalescer:
         itself sets it when it sends an item again. `rows` is what the item may take out of a batch,
         `size` its bytes, `head` how many values the script answers before the items. A LeasekitError
         that `decode` returns is raised to the caller. `undo` gets the result if the caller had given
-        up by the time it arrived.
+        up by the time it arrived, or if too few replicas have it. `lease_ms`: the lease that the item
+        asks for, if any; no more than a quarter of it is spent waiting for replicas.
         """
         if self._is_closing and not self._is_undoing:
             raise Unavailable(
                 "this client is closing or closed: nothing was sent; connect anew", tenant=tenant
             )
         future: asyncio.Future[Any] = self._loop.create_future()
-        call = _Call(fields, decode, context, rows, size, undo, future)
+        call = _Call(fields, decode, context, rows, size, undo, lease_ms, future)
         key = (script.name, tenant, variant, bool(repeat))
         queued_rows, queued_bytes = self._queued_rows, self._queued_bytes
         if self._waiting or queued_rows >= QUEUE_ROWS_MAX or queued_bytes >= QUEUE_BYTES_MAX:
@@ -222,7 +283,7 @@ class Coalescer:
         group.calls.append(call)
         self._queued_rows = queued_rows + rows
         self._queued_bytes = queued_bytes + size
-        if not self._flush_is_due and self._flights < FLIGHTS_MAX:
+        if not self._flush_is_due and self._flights < self._flights_max:
             self._flush_is_due = True
             self._loop.call_soon(self._flush)
         return future
@@ -258,7 +319,7 @@ class Coalescer:
         group.calls.append(call)
         self._queued_rows += call.rows
         self._queued_bytes += call.size
-        if not self._flush_is_due and self._flights < FLIGHTS_MAX:
+        if not self._flush_is_due and self._flights < self._flights_max:
             self._flush_is_due = True
             self._loop.call_soon(self._flush)
 
@@ -272,7 +333,7 @@ class Coalescer:
                 )
 
     def _flush_soon(self) -> None:
-        if not self._flush_is_due and self._flights < FLIGHTS_MAX:
+        if not self._flush_is_due and self._flights < self._flights_max:
             self._flush_is_due = True
             self._loop.call_soon(self._flush)
 
@@ -283,7 +344,7 @@ class Coalescer:
         if not self._wire.is_connected:
             self._reconnect()
             return
-        while self._flights < FLIGHTS_MAX and self._ready:
+        while self._flights < self._flights_max and self._ready:
             parts = self._next_flight()
             if parts:
                 self._send(parts)
@@ -340,12 +401,47 @@ class Coalescer:
             )
             for group, calls in parts
         ]
+        waits = self._barrier_key is not None and self._add_barrier(commands, parts)
         sent_at_s = local_clock_s()
         self._flights += 1
         flight = self._wire.send(commands)
         flight.add_done_callback(
-            lambda future: self._landed(parts, sent_at_s, future, just_loaded=just_loaded)
+            lambda future: self._landed(
+                parts, sent_at_s, future, waits=waits, just_loaded=just_loaded
+            )
         )
+
+    def _add_barrier(self, commands: list[tuple[Argument, ...]], parts: list[_Part]) -> bool:
+        """Let a flight end with a write and a WAIT for it, unless all that it does is read."""
+        writing = [part for part in parts if not part[0].script.reads_only]
+        if not writing:
+            return False
+        assert self._barrier_key is not None
+        wait_ms = self._wait_ms
+        for _, calls in writing:
+            for call in calls:
+                if call.lease_ms is not None and call.lease_ms // 4 < wait_ms:
+                    wait_ms = max(call.lease_ms // 4, 1)
+        key = self._barrier_key(writing[0][0].tenant)
+        bound = _BARRIER.bind({"barrier": key}, {"now_ms": ""})
+        commands.append(scripts.call_command(_BARRIER, bound, (), shebang=self._shebang))
+        commands.append(("WAIT", self.durability.replicas, wait_ms))
+        return True
+
+    def _shortfall(self, moved: Any, reached: Any) -> _Shortfall | None:
+        """What the replies to barrier and WAIT mean; None where enough replicas have the flight."""
+        wanted = self.durability.replicas
+        for name, reply in (("barrier's write", moved), ("WAIT", reached)):
+            if isinstance(reply, ResponseError):
+                if scripts.is_missing(reply):
+                    # The next flight finds it again.
+                    self._wire.send([scripts.load_command(_BARRIER, shebang=self._shebang)])
+                code = str(reply).partition(" ")[0]
+                return _Shortfall(0, wanted, f"the server refused the {name} ({code})")
+        if type(reached) is int and reached >= wanted:
+            return None
+        count = reached if type(reached) is int else 0
+        return _Shortfall(count, wanted, f"{count} of the {wanted} replicas had it in time")
 
     def _landed(
         self,
@@ -353,18 +449,23 @@ class Coalescer:
         sent_at_s: float,
         flight: asyncio.Future[list[Any]],
         *,
+        waits: bool,
         just_loaded: bool,
     ) -> None:
         self._flights -= 1
         error = flight.exception()
         if error is None:
             missing = []
-            for (group, calls), reply in zip(parts, flight.result(), strict=True):
+            replies, short = flight.result(), None
+            if waits:
+                *replies, moved, reached = replies
+                short = self._shortfall(moved, reached)
+            for (group, calls), reply in zip(parts, replies, strict=True):
                 lacks = isinstance(reply, ResponseError) and scripts.is_missing(reply)
                 if lacks and not just_loaded:
                     missing.append((group, calls))
                 else:
-                    self._settle(group, calls, reply, sent_at_s)
+                    self._settle(group, calls, reply, sent_at_s, short)
             if missing:
                 self._load_and_send(missing)
         else:
@@ -377,7 +478,14 @@ class Coalescer:
             self._flush_soon()
         self._check_idle()
 
-    def _settle(self, group: _Group, calls: list[_Call], reply: Any, sent_at_s: float) -> None:
+    def _settle(
+        self,
+        group: _Group,
+        calls: list[_Call],
+        reply: Any,
+        sent_at_s: float,
+        short: _Shortfall | None,
+    ) -> None:
         if isinstance(reply, ResponseError):
             self._fail(
                 calls, lambda: scripts.translate(reply, group.script.name, tenant=group.tenant)
@@ -388,6 +496,8 @@ class Coalescer:
             self._fail(calls, lambda: _unreadable(group, "of a wrong shape"))
             return
         shared = Reply(reply[: group.head], sent_at_s)
+        if group.script.reads_only:
+            short = None  # It told what is on this server, as it always does.
         for call, item in zip(calls, reply[group.head :], strict=True):
             future = call.future
             try:
@@ -399,6 +509,10 @@ class Coalescer:
                     self._undo(call.undo, result)
             elif isinstance(result, LeasekitError):
                 future.set_exception(result)
+            elif short is not None:
+                if call.undo is not None:
+                    self._undo(call.undo, result)
+                future.set_exception(_not_durable(group, short, is_undone=call.undo is not None))
             else:
                 future.set_result(result)
 
@@ -412,7 +526,10 @@ class Coalescer:
 
     def _load_and_send(self, parts: list[_Part]) -> None:
         """The server lost its scripts (SCRIPT FLUSH, a restart behind a proxy): nothing was run."""
-        loads = [scripts.load_command(group.script, shebang=self._shebang) for group, _ in parts]
+        missing = {group.script.name: group.script for group, _ in parts}
+        if self._barrier_key is not None:
+            missing[_BARRIER.name] = _BARRIER
+        loads = [scripts.load_command(one, shebang=self._shebang) for one in missing.values()]
         self._wire.send(loads)
         self._send(parts, just_loaded=True)
 
@@ -547,19 +664,53 @@ class Coalescer:
     async def _connect(self) -> None:
         await self._wire.connect()
         loads = scripts.load_commands(shebang=self._shebang)
+        asked = self._durability_commands()
         try:
-            *replies, facts = await self._wire.send([*loads, ("INFO", "server")])
+            told = await self._wire.send([*loads, ("INFO", "server"), *asked])
         except ConnectionLost as error:
             raise Unavailable(f"the scripts could not be loaded: {error}") from None
+        replies, facts, answers = told[: len(loads)], told[len(loads)], told[len(loads) + 1 :]
         for reply in replies:
             # A user without the right to load scripts may still find them loaded: calls will tell.
             if isinstance(reply, ResponseError) and "NOPERM" not in str(reply):
                 raise scripts.translate(reply, "script load")
+        self._check_durability(answers)
         process = _RUN_ID.search(facts) if isinstance(facts, bytes) else None
         self._link = (process and process[1], self._wire.client_id)
         if self._left_behind:
             await self._end_old_connections()
         self._drop_repeats(self._is_late, "the connection was lost, and came back too late,")
+
+    def _durability_commands(self) -> list[tuple[Argument, ...]]:
+        """What to ask of a server whose word on durability is to count."""
+        if self.durability.kind == "replicated":
+            return [("WAIT", 0, 1)]
+        if self.durability.kind == "fsync":
+            return [("CONFIG", "GET", name) for name in FSYNC_SETTINGS]
+        return []
+
+    def _check_durability(self, answers: Sequence[Any]) -> None:
+        """Refuse a server that cannot keep the class, before anything is sent to it."""
+        if self.durability.kind == "replicated" and isinstance(answers[0], ResponseError):
+            code = str(answers[0]).partition(" ")[0]
+            raise Unavailable(
+                f"durability {self.durability}: the server refuses WAIT ({code}); nothing was sent; "
+                "name the primary in the URL, and allow this user +wait"
+            )
+        if self.durability.kind == "fsync":
+            for (name, wanted), answer in zip(FSYNC_SETTINGS.items(), answers, strict=True):
+                if not isinstance(answer, dict):
+                    raise Unavailable(
+                        "durability fsync: the server does not let this user see whether it syncs each "
+                        "write; nothing was sent; allow +config|get, or use another class"
+                    )
+                found = answer.get(name.encode(), b"missing").decode()
+                if found != wanted:
+                    raise Unavailable(
+                        f"durability fsync: the server has {name} {found}, so it may answer before a "
+                        f"write is on its disk; nothing was sent; CONFIG SET {name} {wanted}, and write "
+                        "it into its configuration"
+                    )
 
     async def _end_old_connections(self) -> None:
         """Have the server drop what was left behind, so that nothing stuck there is applied any more.
@@ -586,5 +737,20 @@ def _unreadable(group: _Group, why: str) -> ScriptFailed:
     return ScriptFailed(
         f"{group.script.name}: an answer could not be read ({why}); it was applied; "
         "run `leasekit doctor`",
+        tenant=group.tenant,
+    )
+
+
+def _not_durable(group: _Group, short: _Shortfall, *, is_undone: bool) -> NotDurable:
+    state = (
+        "what it granted is being given back by its token; ask anew, without that token"
+        if is_undone
+        else "it stands on this server and may be lost in a failover; ask again by the same name with "
+        "repeat=True, which is safe"
+    )
+    return NotDurable(
+        f"{group.script.name}: {short.why}; it was applied by this server; {state}",
+        reached=short.reached,
+        wanted=short.wanted,
         tenant=group.tenant,
     )

@@ -125,7 +125,7 @@ class Backend:
         self.info = info
         self._make_wire = make_wire
         self._make_ears = make_ears
-        self._timeout_ms = timeout_ms
+        self.timeout_ms = timeout_ms
         self._stop = stop
         self._wires: set[Wire] = set()
         self._listeners: WeakSet[Listener] = WeakSet()
@@ -166,12 +166,12 @@ class Backend:
         that has a ConnectionLost with `sent` as its cause, the command may have been executed.
         """
         try:
-            async with asyncio.timeout(self._timeout_ms / 1_000):
+            async with asyncio.timeout(self.timeout_ms / 1_000):
                 await self._turns.acquire()
         except TimeoutError:
             raise Unavailable(
                 f"all {COMMAND_CONNECTION_COUNT_MAX} connections for single commands to "
-                f"{self.info.url} stayed busy for {self._timeout_ms} ms: nothing was sent; "
+                f"{self.info.url} stayed busy for {self.timeout_ms} ms: nothing was sent; "
                 "run fewer long reads at a time"
             ) from None
         try:

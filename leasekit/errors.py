@@ -14,6 +14,7 @@ __all__ = [
     "InvalidInput",
     "LeaseLost",
     "LeasekitError",
+    "NotDurable",
     "OutcomeUnknown",
     "Overloaded",
     "Permanent",
@@ -47,6 +48,27 @@ class Conflict(LeasekitError):
 
 class LeaseLost(LeasekitError):
     """The lease is no longer held: stop the work it protected; another holder may be at it."""
+
+
+class NotDurable(LeasekitError):
+    """The server applied the command, but fewer copies than asked for have it: a failover may lose it.
+
+    reached, wanted: numbers of replicas. The message says whether what was granted was given back (ask
+    anew) or stands on this server (ask again by the same name, `repeat=True`).
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reached: int,
+        wanted: int,
+        tenant: str | None = None,
+        id: str | None = None,
+    ) -> None:
+        super().__init__(message, tenant=tenant, id=id)
+        self.reached = reached
+        self.wanted = wanted
 
 
 class OutcomeUnknown(LeasekitError):

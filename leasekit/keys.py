@@ -17,6 +17,7 @@ from leasekit.errors import InvalidInput
 
 __all__ = [
     "Keys",
+    "barrier_key",
     "decode_word",
     "encode_word",
     "hint_pattern",
@@ -122,6 +123,7 @@ class Keys:
         "outbox_tally",
         "outbox_unknown",
         "tenant",
+        "tenant_barrier",
     )
 
     def __init__(self, prefix: str, tag: str) -> None:
@@ -130,6 +132,7 @@ class Keys:
         for concept, nouns in (
             ("lease", "docs due names"),
             ("idempotency", "docs due"),
+            ("tenant", "barrier"),
             (
                 "outbox",
                 "docs state lanes done dead unknown errors tally dedupe dedupe_end claims claims_end",
@@ -158,6 +161,7 @@ class Keys:
     outbox_state: str
     outbox_tally: str
     outbox_unknown: str
+    tenant_barrier: str
 
     def named(self, concept: str, noun: str, route: str) -> str:
         """The key that a command of a concept calls by this noun."""
@@ -194,6 +198,12 @@ def registry_keys(prefix: str) -> dict[str, str]:
     """The tenant registry, in a slot of its own: a tenant's tag always holds a `.`, this none."""
     base = f"{_check_prefix(prefix)}:{{tenants}}:tenant"
     return {noun: f"{base}:{noun}" for noun in ("names", "seen", "clocks")}
+
+
+@lru_cache(maxsize=4096)
+def barrier_key(prefix: str, tag: str) -> str:
+    """What `tenant/barrier` writes to and leaves empty; tag "" = beside the registry."""
+    return Keys(prefix, tag or "tenants").tenant_barrier
 
 
 def hint_pattern(prefix: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -22,14 +23,16 @@ from leasekit import scripts
 from leasekit.coalesce import Coalescer, Reply
 from leasekit.codec import NOW_MS_MAX, PAYLOAD_BYTES_DEFAULT, check_whole
 from leasekit.connect import Backend
-from leasekit.errors import InvalidInput, LeasekitError
+from leasekit.durability import Durability, durability_of
+from leasekit.errors import InvalidInput, LeasekitError, NotDurable, Unavailable
 from leasekit.hints import Hub
-from leasekit.keys import Keys, registry_keys
+from leasekit.keys import Keys, barrier_key, registry_keys
 from leasekit.model import Retention, TenantContext
 from leasekit.scripts import Argument, Script
 
-__all__ = ["Scope", "Settings", "Shared", "decode_cursor", "encode_cursor"]
+__all__ = ["Scope", "Settings", "Shared", "decode_cursor", "encode_cursor", "make_coalescer"]
 
+CLASSES_MAX = 8
 TOUCH_EVERY_S = 60.0
 PAGE_LIMIT_DEFAULT = 100
 
@@ -48,7 +51,11 @@ class Settings:
 
 @dataclass(slots=True)
 class Shared:
-    """What all tenants of a client share; `background` keeps its tasks from being collected."""
+    """What all tenants of a client share; `background` keeps its tasks from being collected.
+
+    coalescer: of the client's own class of durability. coalescers: one by class, each made when it is
+    first asked for, because it has a connection of its own.
+    """
 
     settings: Settings
     backend: Backend
@@ -56,6 +63,82 @@ class Shared:
     hub: Hub
     touch_due_at_s: dict[str, float] = field(default_factory=dict)
     background: set[asyncio.Task[Any]] = field(default_factory=set)
+    coalescers: dict[Durability, Coalescer] = field(default_factory=dict)
+    opening: dict[Durability, asyncio.Task[Coalescer]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.coalescers[self.coalescer.durability] = self.coalescer
+
+    async def coalescer_for(self, durability: Durability | str) -> Coalescer:
+        """The coalescer of a class, connected; all who ask first share one attempt.
+
+        Raises InvalidInput for what is no class, and Unavailable for a server that cannot keep it.
+        """
+        wanted = durability_of(durability)
+        if (found := self.coalescers.get(wanted)) is not None:
+            return found
+        opening = self.opening.get(wanted)
+        if opening is None:
+            if len(self.coalescers) + len(self.opening) >= CLASSES_MAX:
+                raise InvalidInput(
+                    f"durability {wanted} would be one more than the {CLASSES_MAX} classes that a "
+                    "client may use, each on a connection of its own: nothing was sent; use fewer "
+                    "different replicas and timeout_ms",
+                    field="durability",
+                    limit=CLASSES_MAX,
+                )
+            opening = asyncio.get_running_loop().create_task(self._open(wanted))
+            self.opening[wanted] = opening
+            opening.add_done_callback(lambda task: self._opened(wanted, task))
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            if opening.cancelled():
+                raise Unavailable(
+                    "this client was closed: nothing was sent; connect anew"
+                ) from None
+            raise
+
+    async def _open(self, durability: Durability) -> Coalescer:
+        if self.coalescer.is_closing:
+            raise Unavailable("this client is closing or closed: nothing was sent; connect anew")
+        coalescer = make_coalescer(self.settings, self.backend, durability)
+        try:
+            await coalescer.start()
+        except BaseException:
+            await coalescer.close()
+            raise
+        self.coalescers[durability] = coalescer
+        return coalescer
+
+    def _opened(self, durability: Durability, task: asyncio.Task[Coalescer]) -> None:
+        del self.opening[durability]
+        if not task.cancelled():
+            task.exception()  # So that it does not complain where nobody waits any more.
+
+    async def close(self) -> None:
+        """Let the calls of every class finish, and close their connections."""
+        for task in list(self.opening.values()):
+            task.cancel()
+        if self.opening:
+            await asyncio.wait(list(self.opening.values()))
+        await asyncio.gather(*(one.close() for one in self.coalescers.values()))
+
+
+def make_coalescer(settings: Settings, backend: Backend, durability: Durability) -> Coalescer:
+    """A coalescer of a class, not connected yet; Unavailable where the server can never keep it."""
+    if backend.info.name == "memory" and durability.kind != "none":
+        raise Unavailable(
+            f"durability {durability}: memory:// keeps everything in this process and has no copies and "
+            "no disk; nothing was sent; use durability 'none' in tests, or a real server"
+        )
+    return Coalescer(
+        backend.wire(),
+        shebang=backend.info.shebang,
+        timeout_ms=backend.timeout_ms,
+        durability=durability,
+        barrier_key=partial(barrier_key, settings.prefix),
+    )
 
 
 Word = TypeVar("Word", bound=StrEnum)
@@ -74,6 +157,10 @@ class Scope:
         self.tag = tag
         self.context = context
         self.keys = Keys(shared.settings.prefix, tag)
+
+    async def coalescer_for(self, durability: Durability | str | None) -> Coalescer:
+        """The coalescer of a class of durability, None = the client's; it connects on its first use."""
+        return self.coalescer if durability is None else await self.shared.coalescer_for(durability)
 
     def now_argument(self, now_ms: int | None) -> str | int:
         """What scripts get as now_ms: the caller's instant, or "" for the server's clock."""
@@ -119,20 +206,27 @@ class Scope:
         """Enter the tenant into the registry; InvalidInput if its data is on the other clock."""
         mark = self.settings.clock
         keys = registry_keys(self.settings.prefix)
-        noted: str = await self.coalescer.submit(
-            _TOUCH,
-            "",
-            (mark,),
-            lambda script, variant, repeat: script.bind(keys, {"now_ms": "", "mark": mark}),
-            (self.tag,),
-            lambda item, context, reply: word_of(item),
-        )
-        if noted == "other_clock":
-            raise InvalidInput(
+
+        def read(item: Any, context: None, reply: Reply) -> InvalidInput | None:
+            if word_of(item) != "other_clock":
+                return None
+            return InvalidInput(
                 f"tenant {self.tag} is kept on the other clock: its data was written by a client "
                 f"with {'a server' if mark == 'caller' else 'a caller'}'s clock; nothing was written; "
                 "use another tenant or prefix",
                 field="clock",
+            )
+
+        # The registry is a list, which each use of the tenant mends: how many copies have it is no
+        # reason to refuse a write, which tells its own caller of trouble.
+        with suppress(NotDurable):
+            await self.coalescer.submit(
+                _TOUCH,
+                "",
+                (mark,),
+                lambda script, variant, repeat: script.bind(keys, {"now_ms": "", "mark": mark}),
+                (self.tag,),
+                read,
             )
         self.shared.touch_due_at_s[self.tag] = time.monotonic() + TOUCH_EVERY_S
 

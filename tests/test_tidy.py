@@ -26,6 +26,7 @@ Found = Iterator[tuple[int, str]]
 # Imports point down: a module imports only from floors that stand before its own.
 FLOORS = (
     {"errors"},
+    {"durability"},
     {"model", "keys"},
     {"codec"},
     {"scripts"},

@@ -131,7 +131,7 @@ class Tenant:
 
     def key(self, script: Script, word: str, route: str = ROUTE, members: str = "due") -> str:
         concept = script.name.partition("/")[0]
-        if concept == "tenant":
+        if concept == "tenant" and word != "barrier":
             return registry_keys(self.registry_prefix)[word]
         if word == "fence":
             return self.keys.fence

@@ -134,3 +134,4 @@ def test_what_frees_memory_works_when_memory_is_full(
     completed = tenant.run("idempotency/complete", ("r0", A, 100, "{}"), now_ms=12)
     assert completed[1][0] == "completed"
     assert tenant.run("outbox/purge", now_ms=12, noun="dead")[1] == 2
+    assert tenant.run("tenant/barrier", now_ms=12) == [12]  # without it no ack would be replicated
