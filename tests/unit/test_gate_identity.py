@@ -269,6 +269,7 @@ def test_a_declared_tier_must_exist(tier: str) -> None:
         (["*"], "anything", True),
         (["*.send"], "mail.send", False),
         (["m*l"], "mail", False),
+        (["m*l"], "m*x", False),
         (["mail.?end"], "mail.send", False),
         (["mcp.k*"], "mcp.\u212aey", False),
         (["é"], "É", False),
