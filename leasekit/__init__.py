@@ -15,6 +15,7 @@ from leasekit.durability import Durability, replicated
 from leasekit.errors import (
     Conflict,
     CorruptState,
+    InProgress,
     InvalidInput,
     LeasekitError,
     LeaseLost,
@@ -27,12 +28,15 @@ from leasekit.errors import (
     Unavailable,
 )
 from leasekit.model import Draft, Outcome, Retention, RunCounts
+from leasekit.policy import GatePolicy
 
 __all__ = [
     "Conflict",
     "CorruptState",
     "Draft",
     "Durability",
+    "GatePolicy",
+    "InProgress",
     "InvalidInput",
     "LeaseLost",
     "Leasekit",

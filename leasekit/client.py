@@ -22,12 +22,14 @@ from leasekit.consuming import (
 )
 from leasekit.durability import Durability, durability_of
 from leasekit.errors import InvalidInput, Unavailable
+from leasekit.gate import Gate
 from leasekit.hints import Hub
 from leasekit.idempotency import Idempotency
 from leasekit.keys import registry_keys, tenant_parts, tenant_tag
 from leasekit.lease import Leases
 from leasekit.model import Page, Retention, RunCounts, TenantContext
 from leasekit.outbox import LEASE_MS_DEFAULT, Claim, Outbox
+from leasekit.policy import GatePolicy
 from leasekit.scope import (
     PAGE_LIMIT_DEFAULT,
     Scope,
@@ -53,7 +55,7 @@ class Tenant:
     `actor` says who acts, for records; it never makes another tenant.
     """
 
-    __slots__ = ("context", "idempotency", "leases", "outbox", "tag")
+    __slots__ = ("context", "gate", "idempotency", "leases", "outbox", "tag")
 
     def __init__(self, scope: Scope) -> None:
         self.tag = scope.tag
@@ -61,6 +63,7 @@ class Tenant:
         self.leases = Leases(scope)
         self.outbox = Outbox(scope)
         self.idempotency = Idempotency(scope)
+        self.gate = Gate(scope)
 
     def __repr__(self) -> str:
         return f"<Tenant {self.tag}>"
@@ -153,6 +156,7 @@ class Leasekit:
         drain_ms: int = DRAIN_MS_DEFAULT,
         sweep_ms: int = SWEEP_MS_DEFAULT,
         counts: RunCounts | None = None,
+        durability: Durability | str | None = None,
     ) -> RunCounts:
         """`Outbox.run` for these lanes, (lane, target) each, of many tenants: None = of all, those
         that are yet to come included. `claim.tenant` is the encoded name of a row's tenant.
@@ -193,6 +197,7 @@ class Leasekit:
             drain_ms=drain_ms,
             poll_ms=sweep_ms,
             counts=counts,
+            durability=durability,
             new_tenant=(lambda tag: add(self.tenant(*tenant_parts(tag))))
             if given is None
             else None,
@@ -234,7 +239,8 @@ class connect(AbstractAsyncContextManager[Leasekit]):  # reads as a function
     call waits for a lost connection to come back; one whose reply was lost is repeated within twice
     that. allow_eviction: accept a server that may drop rows. payload_bytes_max: at most 1 MiB.
     durability: what an answered write survives, where a call names nothing else: `none`, `fsync`,
-    `replicated(2)`; None = the environment's LEASEKIT_DURABILITY, else `none`.
+    `replicated(2)`; None = the environment's LEASEKIT_DURABILITY, else `none`. gate: what the gates of
+    its tenants hold to.
 
     Raises InvalidInput and Unavailable. After `await`, close it: `await kit.close()`.
     """
@@ -246,6 +252,7 @@ class connect(AbstractAsyncContextManager[Leasekit]):  # reads as a function
         prefix: str = "lk",
         retention: Retention | None = None,
         durability: Durability | str | None = None,
+        gate: GatePolicy | None = None,
         clock: Literal["server", "caller"] = "server",
         timeout_ms: int = TIMEOUT_MS_DEFAULT,
         allow_eviction: bool = False,
@@ -267,7 +274,7 @@ class connect(AbstractAsyncContextManager[Leasekit]):  # reads as a function
         self._url = url
         self._timeout_ms = timeout_ms
         self._allow_eviction = allow_eviction
-        self._settings = Settings(prefix, clock, kept, payload_bytes_max)
+        self._settings = Settings(prefix, clock, kept, payload_bytes_max, gate or GatePolicy())
         self._kit: Leasekit | None = None
 
     async def _open(self) -> Leasekit:
@@ -284,7 +291,12 @@ class connect(AbstractAsyncContextManager[Leasekit]):  # reads as a function
         coalescer = make_coalescer(self._settings, backend, self._durability)
         await coalescer.start()
         hub = Hub(backend, self._settings.prefix)
-        return Leasekit(Shared(self._settings, backend, coalescer, hub))
+        shared = Shared(self._settings, backend, coalescer, hub)
+        gate = self._settings.gate.durability
+        if gate is not None:
+            # At once, so that a server that cannot keep the gate's class is told of now.
+            await shared.coalescer_for(gate)
+        return Leasekit(shared)
 
     def __await__(self) -> Generator[Any, None, Leasekit]:
         return self._open().__await__()

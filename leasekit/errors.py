@@ -11,6 +11,7 @@ from __future__ import annotations
 __all__ = [
     "Conflict",
     "CorruptState",
+    "InProgress",
     "InvalidInput",
     "LeaseLost",
     "LeasekitError",
@@ -43,7 +44,25 @@ class InvalidInput(LeasekitError, ValueError):
 
 
 class Conflict(LeasekitError):
-    """A name is already taken by different content: nothing was written; do not retry as it is."""
+    """A name is already taken by different content: nothing was written; do not retry as it is.
+
+    status: what the intent that has the name has become, where it is the gate that refuses.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        tenant: str | None = None,
+        id: str | None = None,
+        status: str | None = None,
+    ) -> None:
+        super().__init__(message, tenant=tenant, id=id)
+        self.status = status
+
+
+class InProgress(Conflict):
+    """Somebody else is at it, under a lease: nothing was written; ask again later for the outcome."""
 
 
 class LeaseLost(LeasekitError):

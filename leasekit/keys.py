@@ -105,6 +105,16 @@ class Keys:
 
     __slots__ = (
         "fence",
+        "gate_dataset",
+        "gate_dead",
+        "gate_docs",
+        "gate_done",
+        "gate_expiring",
+        "gate_facts",
+        "gate_runs",
+        "gate_state",
+        "gate_unknown",
+        "gate_updated",
         "idempotency_docs",
         "idempotency_due",
         "lease_docs",
@@ -132,6 +142,7 @@ class Keys:
         for concept, nouns in (
             ("lease", "docs due names"),
             ("idempotency", "docs due"),
+            ("gate", "docs state facts expiring unknown dead done updated runs dataset"),
             ("tenant", "barrier"),
             (
                 "outbox",
@@ -144,6 +155,16 @@ class Keys:
     # Annotated for readers and type checkers; the values are set in one loop above.
     fence: str
     tenant: str
+    gate_dataset: str
+    gate_dead: str
+    gate_docs: str
+    gate_done: str
+    gate_expiring: str
+    gate_facts: str
+    gate_runs: str
+    gate_state: str
+    gate_unknown: str
+    gate_updated: str
     idempotency_docs: str
     idempotency_due: str
     lease_docs: str

@@ -28,6 +28,7 @@ from leasekit.errors import InvalidInput, LeasekitError, NotDurable, Unavailable
 from leasekit.hints import Hub
 from leasekit.keys import Keys, barrier_key, registry_keys
 from leasekit.model import Retention, TenantContext
+from leasekit.policy import GatePolicy
 from leasekit.scripts import Argument, Script
 
 __all__ = ["Scope", "Settings", "Shared", "decode_cursor", "encode_cursor", "make_coalescer"]
@@ -47,6 +48,7 @@ class Settings:
     clock: str = "server"
     retention: Retention = field(default_factory=Retention)
     payload_bytes_max: int = PAYLOAD_BYTES_DEFAULT
+    gate: GatePolicy = field(default_factory=GatePolicy)
 
 
 @dataclass(slots=True)
@@ -54,7 +56,8 @@ class Shared:
     """What all tenants of a client share; `background` keeps its tasks from being collected.
 
     coalescer: of the client's own class of durability. coalescers: one by class, each made when it is
-    first asked for, because it has a connection of its own.
+    first asked for, because it has a connection of its own. datasets: by tenant, the name of the data
+    that this process was granted intents in.
     """
 
     settings: Settings
@@ -65,6 +68,7 @@ class Shared:
     background: set[asyncio.Task[Any]] = field(default_factory=set)
     coalescers: dict[Durability, Coalescer] = field(default_factory=dict)
     opening: dict[Durability, asyncio.Task[Coalescer]] = field(default_factory=dict)
+    datasets: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.coalescers[self.coalescer.durability] = self.coalescer

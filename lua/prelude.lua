@@ -18,6 +18,9 @@ local FINGERPRINTS_MAX = 33
 local NEVER_MS = 9007199254740991
 local ENDED_KEEP_MS = 300000
 local RESERVED_KEEP_MS = 86400000
+local FACTS_KEPT = 16
+local FACT_BYTES_MAX = 65536
+local OPENINGS_KEPT = 16
 
 local function refuse(problem)
   return redis.error_reply("LK_ARGUMENT " .. problem)
@@ -348,4 +351,130 @@ local function records_over(due, now, asked)
     end
   end
   return over
+end
+
+-- An intent's state line; PROTOCOL.md, "Gate". `seen_at` and `was_run` remember where it stood.
+local function read_intent(id, line)
+  local status, cause, token, lease_end, updated_at, created_at, revision, attempts, fence,
+    claimed_at, on_expiry, asks, ask_token, ask_fence, ask_end, ask_at, run, key_digest,
+    arguments_digest, owner = string.match(line, "^(%S+) (%S+) (%S+) (%d+) (%d+) (%d+) (%d+) (%d+) "
+    .. "(%d+) (%d+) (%S+) (%d+) (%S+) (%d+) (%d+) (%d+) (%S+) (%S+) (%S+) (.*)$")
+  if not owner then
+    return nil
+  end
+  return {
+    id = id, status = status, cause = cause, token = token, lease_end = tonumber(lease_end),
+    updated_at = tonumber(updated_at), created_at = tonumber(created_at),
+    revision = tonumber(revision), attempts = tonumber(attempts), fence = fence,
+    claimed_at = claimed_at, on_expiry = on_expiry, asks = tonumber(asks), ask_token = ask_token,
+    ask_fence = ask_fence, ask_end = tonumber(ask_end), ask_at = tonumber(ask_at), run = run,
+    key_digest = key_digest, arguments_digest = arguments_digest, owner = owner,
+    seen_at = tonumber(updated_at),
+  }
+end
+
+local function intent_line(row)
+  return row.status .. " " .. row.cause .. " " .. row.token .. " " .. integer(row.lease_end) .. " "
+    .. integer(row.updated_at) .. " " .. integer(row.created_at) .. " " .. integer(row.revision)
+    .. " " .. integer(row.attempts) .. " " .. row.fence .. " " .. row.claimed_at .. " "
+    .. row.on_expiry .. " " .. integer(row.asks) .. " " .. row.ask_token .. " " .. row.ask_fence
+    .. " " .. integer(row.ask_end) .. " " .. integer(row.ask_at) .. " " .. row.run .. " "
+    .. row.key_digest .. " " .. row.arguments_digest .. " " .. row.owner
+end
+
+-- What an intent reads as: one that parks is unknown from the end of its lease on, written or not.
+local function intent_status(row, now)
+  if row.status == "claimed" and row.on_expiry == "park" and row.lease_end <= now then
+    return "unknown"
+  end
+  return row.status
+end
+
+-- Its member in the index of runs: the newest of a run come last.
+local function run_member(row, updated_at)
+  return row.run .. ":" .. string.format("%016.0f", updated_at) .. ":" .. row.id
+end
+
+-- The intents of a call by id, each read once, and changed in place by one item after the other.
+local function read_intents(state, ids)
+  local lines, rows = values_of(state, ids), {}
+  for i = 1, #ids do
+    local line = lines[i]
+    if line and not rows[ids[i]] then
+      rows[ids[i]] = read_intent(ids[i], line) or "damaged"
+    end
+  end
+  return rows
+end
+
+-- Writes intents that were changed, with every list that they stand in. Deletes first.
+local function save_intents(changed, now, keys)
+  local ids, lines, updated, gone_runs, runs = {}, {}, {}, {}, {}
+  local lists = { expiring = {}, unknown = {}, dead = {}, done = {} }
+  for i = 1, #changed do
+    local row = changed[i]
+    if row.run ~= "~" and row.seen_at then
+      gone_runs[#gone_runs + 1] = run_member(row, row.seen_at)
+    end
+    row.updated_at = now
+    ids[i] = row.id
+    lines[2 * i - 1], lines[2 * i] = row.id, intent_line(row)
+    updated[2 * i - 1], updated[2 * i] = integer(now), row.id
+    if row.run ~= "~" then
+      local n = #runs
+      runs[n + 1], runs[n + 2] = "0", run_member(row, now)
+    end
+    local list, at
+    if row.status == "claimed" and row.on_expiry == "park" then
+      list, at = lists.expiring, row.lease_end
+    elseif row.status == "unknown" then
+      list, at = lists.unknown, row.ask_at
+    elseif row.status == "dead_lettered" then
+      list, at = lists.dead, now
+    elseif row.status == "sent" or row.status == "cancelled" then
+      list, at = lists.done, now
+    end
+    if list then
+      local n = #list
+      list[n + 1], list[n + 2] = integer(at), row.id
+    end
+  end
+  write("ZREM", keys.expiring, ids)
+  write("ZREM", keys.unknown, ids)
+  write("ZREM", keys.dead, ids)
+  write("ZREM", keys.done, ids)
+  write("ZREM", keys.runs, gone_runs)
+  write("HSET", keys.state, lines)
+  write("ZADD", keys.updated, updated)
+  write("ZADD", keys.runs, runs)
+  write("ZADD", keys.expiring, lists.expiring)
+  write("ZADD", keys.unknown, lists.unknown)
+  write("ZADD", keys.dead, lists.dead)
+  write("ZADD", keys.done, lists.done)
+end
+
+-- What was said of an intent, with one more: `at kind fence applied text`. What was not applied is
+-- not noted twice, and not beyond FACTS_KEPT; what was applied pushes the oldest out.
+local function with_fact(lines, now, kind, fence, applied, text)
+  local tail = " " .. kind .. " " .. fence .. " " .. (applied and "1" or "0") .. " " .. text
+  local line = integer(now) .. tail
+  if not lines then
+    return line
+  end
+  local kept, first = 1, 1
+  for _ in string.gmatch(lines, "\n") do
+    kept = kept + 1
+  end
+  if not applied and (kept >= FACTS_KEPT or string.find(lines .. "\n", tail .. "\n", 1, true)) then
+    return lines
+  end
+  for _ = FACTS_KEPT, kept do
+    first = string.find(lines, "\n", first, true) + 1
+  end
+  return string.sub(lines, first) .. "\n" .. line
+end
+
+-- How long after a question that found nothing out the next one may be put.
+local function pause_after(asks, first_ms, most_ms)
+  return math.min(first_ms * 2 ^ math.min(asks - 1, 40), most_ms)
 end

@@ -21,6 +21,7 @@ from leasekit.errors import InvalidInput
 from leasekit.gate.events import ARGS_BYTES_MAX, PreSendEvent, Source
 from leasekit.keys import encode_word
 from leasekit.model import TenantContext
+from leasekit.policy import SEED_TIERS
 
 __all__ = [
     "SEED_TIERS",
@@ -59,15 +60,6 @@ TIERS_ALL = (
 )
 """Every ToolRiskTier (spec/reliability 1.4)."""
 
-SEED_TIERS = frozenset(
-    {
-        "external_send",
-        "destructive_delete",
-        "money_movement_contract",
-        "financial_record_access",
-        "credential_admin",
-    }
-)
 """What is gated unless configured otherwise; `consequential_write` is so by configuration only."""
 
 TARGET_KEYS = (
