@@ -17,7 +17,8 @@ from typing import Any, Literal
 import msgspec
 
 from leasekit import codec
-from leasekit.coalesce import Reply, Variant
+from leasekit.coalesce import Coalescer, Reply, Variant
+from leasekit.durability import Durability
 from leasekit.errors import Conflict, InvalidInput, LeasekitError, LeaseLost, OutcomeUnknown
 from leasekit.keys import decode_word, encode_word
 from leasekit.model import (
@@ -109,6 +110,7 @@ class Idempotency:
         expires_at_ms: int | None = None,
         on_expiry: Literal["reclaim", "park"] = "reclaim",
         token: str | None = None,
+        durability: Durability | str | None = None,
         repeat: bool = False,
         now_ms: int | None = None,
     ) -> Reservation:
@@ -119,6 +121,8 @@ class Idempotency:
         expires_at_ms: the instant from which the key is free again, whatever its state; None = as
         `complete` says. token: 22 characters of `new_token()`, where the caller wants to be able to
         repeat. If the caller is cancelled, a reservation that was granted to it is released.
+        durability: None = the client's; where too few replicas have the reservation it is released,
+        and NotDurable raised.
 
         reserved: go on, then `complete` or `release` with the token. duplicate: the record says what
         is known. conflict: the key is taken by a request with another fingerprint.
@@ -143,10 +147,14 @@ class Idempotency:
             await scope.register()
         identity = self._record_id(*wanted)
 
-        def undo(result: Reservation) -> None:
-            self._give_back(result, identity, now_ms)
+        through = scope.coalescer
+        if durability is not None:
+            through = await scope.coalescer_for(durability)
 
-        future = scope.coalescer.submit(
+        def undo(result: Reservation) -> None:
+            self._give_back(result, identity, through, now_ms)
+
+        future = through.submit(
             _RESERVE,
             scope.tag,
             (now,),
@@ -163,6 +171,7 @@ class Idempotency:
             self._read_reserved,
             context=(identity, token),
             undo=undo,
+            lease_ms=lease_ms,
             repeat=repeat,
         )
         try:
@@ -188,10 +197,13 @@ class Idempotency:
         record = self._read_record(identity, item[1], reply.now_ms)
         return Reservation(outcome, record, token if outcome is ReserveOutcome.RESERVED else None)
 
-    def _give_back(self, reservation: Reservation, identity: str, now_ms: int | None) -> None:
-        """The caller was cancelled after its request had left: nobody else knows of this token."""
+    def _give_back(
+        self, reservation: Reservation, identity: str, through: Coalescer, now_ms: int | None
+    ) -> None:
+        """The caller was cancelled after its request had left, or too few replicas have the grant:
+        nobody relies on this token."""
         if reservation.token is not None:
-            released = self._release(identity, reservation.token, "", False, now_ms)
+            released = self._release(identity, reservation.token, "", False, now_ms, through)
             self._scope.in_background(released)
 
     async def complete(
@@ -202,6 +214,7 @@ class Idempotency:
         *,
         token: str,
         keep_ms: int = DAY_MS,
+        durability: Durability | str | None = None,
         repeat: bool = False,
         now_ms: int | None = None,
     ) -> CompleteOutcome:
@@ -212,7 +225,7 @@ class Idempotency:
         details of an outcome of kind `completed`. <= 64 KiB of JSON.
 
         completed | lost (the token is not the reservation's; nothing changed) | missing. A repeat
-        leaves an outcome that is there as it is. Source: spec 2.4.
+        leaves an outcome that is there as it is. durability: None = the client's. Source: spec 2.4.
         """
         codec.check_token(token)
         codec.check_whole(keep_ms, "keep_ms", 1, codec.DURATION_MS_MAX)
@@ -222,7 +235,10 @@ class Idempotency:
         encoded = _encode_outcome(outcome)
         if scope.must_register:
             await scope.register()
-        completed: CompleteOutcome = await scope.coalescer.submit(
+        through = scope.coalescer
+        if durability is not None:
+            through = await scope.coalescer_for(durability)
+        completed: CompleteOutcome = await through.submit(
             _COMPLETE,
             scope.tag,
             (now,),
@@ -241,6 +257,7 @@ class Idempotency:
         *,
         token: str | None = None,
         fingerprint: str | None = None,
+        durability: Durability | str | None = None,
         repeat: bool = False,
         now_ms: int | None = None,
     ) -> WithdrawOutcome:
@@ -248,6 +265,7 @@ class Idempotency:
 
         Shown by its token, or (spec 2.5, for operators) by its fingerprint. released | lost (another
         one's) | kept (completed or conflicted: it stays) | missing | forgotten (only for a repeat).
+        durability: None = the client's.
         """
         if token is None and fingerprint is None:
             raise InvalidInput("token is required, or the reservation's fingerprint", field="token")
@@ -258,15 +276,26 @@ class Idempotency:
         self._scope.now_argument(now_ms)
         if self._scope.must_register:
             await self._scope.register()
-        outcome: WithdrawOutcome = await self._release(identity, token or "", mark, repeat, now_ms)
+        through = self._scope.coalescer
+        if durability is not None:
+            through = await self._scope.coalescer_for(durability)
+        outcome: WithdrawOutcome = await self._release(
+            identity, token or "", mark, repeat, now_ms, through
+        )
         return outcome
 
     def _release(
-        self, identity: str, token: str, mark: str, repeat: bool, now_ms: int | None
+        self,
+        identity: str,
+        token: str,
+        mark: str,
+        repeat: bool,
+        now_ms: int | None,
+        through: Coalescer,
     ) -> asyncio.Future[WithdrawOutcome]:
         scope = self._scope
         now = scope.now_argument(now_ms)
-        return scope.coalescer.submit(
+        return through.submit(
             _RELEASE,
             scope.tag,
             (now,),
@@ -358,6 +387,7 @@ class Idempotency:
         lease_ms: int = ONCE_LEASE_MS,
         keep_ms: int = DAY_MS,
         on_expiry: Literal["reclaim", "park"] = "park",
+        durability: Durability | str | None = None,
     ) -> Any:
         """Run `action` once for a key and give its result (a JSON value) to every caller.
 
@@ -366,6 +396,10 @@ class Idempotency:
         first use vanished: ask the destination, then `complete` or `release` the key), LeaseLost
         (the action ran longer than its lease and the key went to another). An exception of `action`
         leaves the key reserved until its lease ends: whether the effect happened is not known.
+
+        durability: of reservation and outcome, None = the client's. NotDurable: too few replicas have
+        the reservation, and the action has not run; or they lack the outcome of an action that ran.
+        Calling again is right after both: it runs what has not run, and gives the outcome that is there.
         """
         reservation = await self.reserve(
             operation,
@@ -374,6 +408,7 @@ class Idempotency:
             fingerprint=fingerprint,
             lease_ms=lease_ms,
             on_expiry=on_expiry,
+            durability=durability,
         )
         record = reservation.record
         name = f"{operation} {key}"
@@ -408,6 +443,7 @@ class Idempotency:
             Outcome(outcome_kind=OUTCOME_KIND_DEFAULT, details=result),
             token=reservation.token,
             keep_ms=keep_ms,
+            durability=durability,
         )
         if completed is not CompleteOutcome.COMPLETED:
             raise LeaseLost(

@@ -17,7 +17,8 @@ from types import TracebackType
 from typing import Any
 
 from leasekit import codec
-from leasekit.coalesce import Reply, Variant, local_clock_s
+from leasekit.coalesce import Coalescer, Reply, Variant, local_clock_s
+from leasekit.durability import Durability, durability_of
 from leasekit.errors import Conflict, LeasekitError, LeaseLost
 from leasekit.model import (
     AcquireOutcome,
@@ -139,6 +140,7 @@ class Leases:
         ttl_ms: int,
         owner: str,
         token: str | None = None,
+        durability: Durability | str | None = None,
         repeat: bool = False,
         now_ms: int | None = None,
     ) -> Acquisition:
@@ -147,7 +149,8 @@ class Leases:
         name, owner: <= 200 bytes. ttl_ms: 1..43 200 000 (12 h). token: 22 characters of
         `new_token()`, one per acquisition, where the caller wants to be able to repeat: a token that
         holds the lease gets the same answer again. If the caller is cancelled, a lease that was
-        granted to it is released.
+        granted to it is released. durability: None = the client's; where too few replicas have the
+        lease it is released, and NotDurable raised.
         """
         codec.check_text(name, "name")
         codec.check_whole(ttl_ms, "ttl_ms", 1, codec.LEASE_MS_MAX)
@@ -158,10 +161,14 @@ class Leases:
         if scope.must_register:
             await scope.register()
 
-        def undo(result: Acquisition) -> None:
-            self._give_back(result, now_ms)
+        through = scope.coalescer
+        if durability is not None:
+            through = await scope.coalescer_for(durability)
 
-        future = scope.coalescer.submit(
+        def undo(result: Acquisition) -> None:
+            self._give_back(result, through, now_ms)
+
+        future = through.submit(
             _ACQUIRE,
             scope.tag,
             (now,),
@@ -170,6 +177,7 @@ class Leases:
             _read_acquired,
             context=(name, token, owner),
             undo=undo,
+            lease_ms=ttl_ms,
             repeat=repeat,
         )
         try:
@@ -179,11 +187,12 @@ class Leases:
             raise
         return acquisition
 
-    def _give_back(self, acquisition: Acquisition, now_ms: int | None) -> None:
-        """The caller was cancelled after its request had left: nobody else knows of this lease."""
+    def _give_back(self, acquisition: Acquisition, through: Coalescer, now_ms: int | None) -> None:
+        """The caller was cancelled after its request had left, or too few replicas have the grant:
+        nobody relies on this lease."""
         if acquisition.lease is not None:
             name, token = acquisition.lease.name, acquisition.lease.token
-            self._scope.in_background(self._release(name, token, False, now_ms))
+            self._scope.in_background(self._release(name, token, False, now_ms, through))
 
     async def extend(
         self,
@@ -191,18 +200,30 @@ class Leases:
         token: str,
         *,
         ttl_ms: int,
+        durability: Durability | str | None = None,
         repeat: bool = False,
         now_ms: int | None = None,
     ) -> LeaseExtendOutcome:
         """Hold a name for `ttl_ms` from now, never for less than before.
 
-        extended | lost: the lease has ended or was never this token's; stop the work.
+        extended | lost: the lease has ended or was never this token's; stop the work. NotDurable: the
+        lease counts to the end that was known before. durability: None = the client's.
         """
-        extended = await self._extend(name, token, ttl_ms, now_ms, repeat=repeat)
+        through = self._scope.coalescer
+        if durability is not None:
+            through = await self._scope.coalescer_for(durability)
+        extended = await self._extend(name, token, ttl_ms, now_ms, through, repeat=repeat)
         return LeaseExtendOutcome.LOST if extended is None else LeaseExtendOutcome.EXTENDED
 
     async def _extend(
-        self, name: str, token: str, ttl_ms: int, now_ms: int | None, *, repeat: bool = False
+        self,
+        name: str,
+        token: str,
+        ttl_ms: int,
+        now_ms: int | None,
+        through: Coalescer,
+        *,
+        repeat: bool = False,
     ) -> tuple[int, float] | None:
         """The new end on the server's and on the local clock; None if the lease is lost."""
         codec.check_text(name, "name")
@@ -218,39 +239,50 @@ class Leases:
                 return None
             return item[3], reply.sent_at_s + (item[3] - reply.now_ms) / 1_000
 
-        extended: tuple[int, float] | None = await scope.coalescer.submit(
+        extended: tuple[int, float] | None = await through.submit(
             _EXTEND,
             scope.tag,
             (now,),
             self._bind,
             (name, token, ttl_ms),
             read,
+            lease_ms=ttl_ms,
             repeat=repeat,
         )
         return extended
 
     async def release(
-        self, name: str, token: str, *, repeat: bool = False, now_ms: int | None = None
+        self,
+        name: str,
+        token: str,
+        *,
+        durability: Durability | str | None = None,
+        repeat: bool = False,
+        now_ms: int | None = None,
     ) -> LeaseReleaseOutcome:
         """Give a name back before its lease ends.
 
         released: it is free, by this token, now or up to five minutes ago. lost: the lease had ended
         or was never this token's. forgotten (only for a repeat): nothing is known of the name.
+        durability: None = the client's.
         """
         codec.check_text(name, "name")
         codec.check_token(token)
         self._scope.now_argument(now_ms)
         if self._scope.must_register:
             await self._scope.register()
-        outcome: LeaseReleaseOutcome = await self._release(name, token, repeat, now_ms)
+        through = self._scope.coalescer
+        if durability is not None:
+            through = await self._scope.coalescer_for(durability)
+        outcome: LeaseReleaseOutcome = await self._release(name, token, repeat, now_ms, through)
         return outcome
 
     def _release(
-        self, name: str, token: str, repeat: bool, now_ms: int | None
+        self, name: str, token: str, repeat: bool, now_ms: int | None, through: Coalescer
     ) -> asyncio.Future[LeaseReleaseOutcome]:
         scope = self._scope
         now = scope.now_argument(now_ms)
-        return scope.coalescer.submit(
+        return through.submit(
             _RELEASE,
             scope.tag,
             (now,),
@@ -309,7 +341,13 @@ class Leases:
         return self._scope.bind(one, {"now_ms": variant[0], "repeated": int(repeat)})
 
     def hold(
-        self, name: str, *, ttl_ms: int, owner: str, wait_ms: int = 0
+        self,
+        name: str,
+        *,
+        ttl_ms: int,
+        owner: str,
+        wait_ms: int = 0,
+        durability: Durability | str | None = None,
     ) -> AbstractAsyncContextManager[Lease]:
         """Hold a name while a body runs: `async with tenant.leases.hold(...) as lease:`.
 
@@ -317,14 +355,28 @@ class Leases:
         third of the lease. If the lease cannot be kept, `lease.lost` is set, the body is cancelled
         before the lease's end by the local clock, and LeaseLost is raised; also if it turns out lost
         only at the end. Releases on the way out. Needs a client on the server's clock.
+
+        durability: of the lease, its renewals and its release, None = the client's. NotDurable: too few
+        replicas had it, and it was given back; a renewal that they do not have in time loses it.
         """
         codec.check_whole(wait_ms, "wait_ms", 0, WAIT_MS_MAX)
-        return _Hold(self, name, ttl_ms, owner, wait_ms)
+        wanted = None if durability is None else durability_of(durability)
+        return _Hold(self, name, ttl_ms, owner, wait_ms, wanted)
 
 
 class _Hold(AbstractAsyncContextManager[Lease]):
-    def __init__(self, leases: Leases, name: str, ttl_ms: int, owner: str, wait_ms: int) -> None:
+    def __init__(
+        self,
+        leases: Leases,
+        name: str,
+        ttl_ms: int,
+        owner: str,
+        wait_ms: int,
+        durability: Durability | None,
+    ) -> None:
         self._leases = leases
+        self._through = leases._scope.coalescer
+        self._durability = durability
         self._name = name
         self._ttl_ms = ttl_ms
         self._owner = owner
@@ -336,6 +388,7 @@ class _Hold(AbstractAsyncContextManager[Lease]):
         self._cancels_before = 0
 
     async def __aenter__(self) -> Lease:
+        self._through = await self._leases._scope.coalescer_for(self._durability)
         self._lease = await self._wait_for_lease()
         self._body = asyncio.current_task()
         self._cancels_before = self._body.cancelling() if self._body else 0
@@ -362,7 +415,7 @@ class _Hold(AbstractAsyncContextManager[Lease]):
         try:
             # Shielded: whoever cancels the way out must not keep the name from others.
             outcome = await asyncio.shield(
-                self._leases._release(lease.name, lease.token, False, None)
+                self._leases._release(lease.name, lease.token, False, None, self._through)
             )
             is_lost = outcome is not LeaseReleaseOutcome.RELEASED
         except LeasekitError:
@@ -379,7 +432,10 @@ class _Hold(AbstractAsyncContextManager[Lease]):
         step_ms = float(WAIT_FIRST_MS)
         while True:
             acquisition = await self._leases.acquire(
-                self._name, ttl_ms=self._ttl_ms, owner=self._owner
+                self._name,
+                ttl_ms=self._ttl_ms,
+                owner=self._owner,
+                durability=self._durability,
             )
             if acquisition.lease is not None:
                 return acquisition.lease
@@ -412,10 +468,10 @@ class _Hold(AbstractAsyncContextManager[Lease]):
             try:
                 async with asyncio.timeout(left_s):
                     extended = await self._leases._extend(
-                        lease.name, lease.token, self._ttl_ms, None
+                        lease.name, lease.token, self._ttl_ms, None, self._through
                     )
             except (TimeoutError, LeasekitError):
-                # The server may be back before the lease is over: try until it is.
+                # The server, or its replicas, may be back before the lease is over: try until it is.
                 pause_s = min(RENEW_RETRY_MS, self._ttl_ms / 10) / 1_000
                 continue
             if extended is None:

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from leasekit import codec
-from leasekit.coalesce import Reply, Variant, local_clock_s
+from leasekit.coalesce import Coalescer, Reply, Variant, local_clock_s
 from leasekit.consuming import (
     BACKOFF_MS_DEFAULT,
     DRAIN_MS_DEFAULT,
@@ -26,6 +26,7 @@ from leasekit.consuming import (
     make_feed,
     make_pump,
 )
+from leasekit.durability import Durability
 from leasekit.errors import Conflict, CorruptState, InvalidInput, LeasekitError, OutcomeUnknown
 from leasekit.keys import decode_word, encode_word, route_of, route_parts
 from leasekit.model import (
@@ -123,10 +124,20 @@ class Claim:
     `fence` rises with every grant: a destination that keeps the highest fence per row id can refuse
     an older holder. `remaining_ms()` counts on the local clock from before the claim was sent, so it
     is never too optimistic. `lost` is set when `run` or `consume`, which hold the row, lose it.
+    What is said of the row has the durability of the claim, unless told otherwise.
     """
 
     __slots__ = (
-        *("_deadline_s", "_lost", "_outbox", "fence", "lease_expires_at_ms", "on_end", "row"),
+        *(
+            "_deadline_s",
+            "_lost",
+            "_outbox",
+            "_through",
+            "fence",
+            "lease_expires_at_ms",
+            "on_end",
+            "row",
+        ),
         "token",
     )
 
@@ -138,8 +149,10 @@ class Claim:
         fence: int,
         lease_expires_at_ms: int,
         deadline_s: float,
+        through: Coalescer,
     ) -> None:
         self._outbox = outbox
+        self._through = through  # of the class of durability of the grant
         self.row = row
         self.token = token
         self.fence = fence
@@ -171,9 +184,20 @@ class Claim:
         """Milliseconds left of the lease by the local clock; negative once it is over."""
         return int((self._deadline_s - local_clock_s()) * 1_000)
 
-    async def ack(self, *, repeat: bool = False, now_ms: int | None = None) -> AckOutcome:
+    async def ack(
+        self,
+        *,
+        durability: Durability | str | None = None,
+        repeat: bool = False,
+        now_ms: int | None = None,
+    ) -> AckOutcome:
         """See Outbox.ack."""
-        outcome = await self._outbox._ack(self._route, self.row.id, self.token, repeat, now_ms)
+        through = self._through
+        if durability is not None:
+            through = await self._outbox._scope.coalescer_for(durability)
+        outcome = await self._outbox._ack(
+            self._route, self.row.id, self.token, repeat, now_ms, through
+        )
         if self.on_end is not None:
             self.on_end(outcome)
         return outcome
@@ -184,31 +208,62 @@ class Claim:
         error: str,
         retry_at_ms: int | None = None,
         permanent: bool = False,
+        durability: Durability | str | None = None,
         repeat: bool = False,
         now_ms: int | None = None,
     ) -> NackOutcome:
         """See Outbox.nack."""
+        through = self._through
+        if durability is not None:
+            through = await self._outbox._scope.coalescer_for(durability)
         outcome = await self._outbox._nack(
-            self._route, self.row.id, self.token, error, retry_at_ms, permanent, repeat, now_ms
+            self._route,
+            self.row.id,
+            self.token,
+            error,
+            retry_at_ms,
+            permanent,
+            repeat,
+            now_ms,
+            through,
         )
         if self.on_end is not None:
             self.on_end(outcome)
         return outcome
 
     async def extend(
-        self, *, lease_ms: int = LEASE_MS_DEFAULT, repeat: bool = False, now_ms: int | None = None
+        self,
+        *,
+        lease_ms: int = LEASE_MS_DEFAULT,
+        durability: Durability | str | None = None,
+        repeat: bool = False,
+        now_ms: int | None = None,
     ) -> ExtendOutcome:
         """See Outbox.extend; a success moves `lease_expires_at_ms` as well."""
+        through = self._through
+        if durability is not None:
+            through = await self._outbox._scope.coalescer_for(durability)
         outcome, lease_end_ms, deadline_s = await self._outbox._extend(
-            self._route, self.row.id, self.token, lease_ms, repeat, now_ms
+            self._route, self.row.id, self.token, lease_ms, repeat, now_ms, through
         )
         if outcome is ExtendOutcome.EXTENDED:
             self.lease_expires_at_ms, self._deadline_s = lease_end_ms, deadline_s
         return outcome
 
-    async def release(self, *, repeat: bool = False, now_ms: int | None = None) -> ReleaseOutcome:
+    async def release(
+        self,
+        *,
+        durability: Durability | str | None = None,
+        repeat: bool = False,
+        now_ms: int | None = None,
+    ) -> ReleaseOutcome:
         """See Outbox.release."""
-        outcome = await self._outbox._release(self._route, self.row.id, self.token, repeat, now_ms)
+        through = self._through
+        if durability is not None:
+            through = await self._outbox._scope.coalescer_for(durability)
+        outcome = await self._outbox._release(
+            self._route, self.row.id, self.token, repeat, now_ms, through
+        )
         if self.on_end is not None:
             self.on_end(outcome)
         return outcome
@@ -254,6 +309,7 @@ class Outbox:
         max_attempts: int | None = ATTEMPTS_DEFAULT,
         on_expiry: Literal["reclaim", "park"] = "reclaim",
         run_id: str | None = None,
+        durability: Durability | str | None = None,
         repeat: bool = False,
         now_ms: int | None = None,
     ) -> Enqueued:
@@ -262,9 +318,10 @@ class Outbox:
         lane, target: <= 200 bytes each. payload: any JSON value, <= the client's payload_bytes_max.
         id: from `new_id()`, where the caller wants to be able to repeat. dedupe_key: unique per lane
         and target for `Retention.dedupe_ms`. available_at_ms: not before this instant, 0 = at once.
-        max_attempts: None = without end. on_expiry: see Draft.
+        max_attempts: None = without end. on_expiry: see Draft. durability: None = the client's.
 
-        Raises Conflict (key or id is taken by other content), OutcomeUnknown (a repeated row is not
+        Raises NotDurable (the row is there, but on too few replicas: to repeat it takes its `id`),
+        Conflict (key or id is taken by other content), OutcomeUnknown (a repeated row is not
         there any more: it was finished and forgotten), InvalidInput, Overloaded, Unavailable.
         Source: spec/outbox 1.5.1.
         """
@@ -283,16 +340,24 @@ class Outbox:
         now = self._scope.now_argument(now_ms)
         if self._scope.must_register:
             await self._scope.register()
-        result: Enqueued = await self._enqueue(draft, encoded, now, repeat)
+        through = self._scope.coalescer
+        if durability is not None:
+            through = await self._scope.coalescer_for(durability)
+        result: Enqueued = await self._enqueue(draft, encoded, now, repeat, through)
         return result
 
     async def enqueue_many(
-        self, drafts: Iterable[Draft], *, repeat: bool = False, now_ms: int | None = None
+        self,
+        drafts: Iterable[Draft],
+        *,
+        durability: Durability | str | None = None,
+        repeat: bool = False,
+        now_ms: int | None = None,
     ) -> list[Enqueued | LeasekitError]:
         """Enqueue up to 1 000 drafts; the answers are in their order.
 
         A draft that failed has its error in its place, not raised: the others have landed. Bad input
-        in any draft is raised before anything is sent.
+        in any draft is raised before anything is sent. durability: None = the client's.
         """
         wanted = list(drafts)
         if len(wanted) > codec.BATCH_MAX:
@@ -305,8 +370,9 @@ class Outbox:
         now = self._scope.now_argument(now_ms)
         if self._scope.must_register:
             await self._scope.register()
+        through = await self._scope.coalescer_for(durability)
         sent = [
-            self._enqueue(draft, parts, now, repeat)
+            self._enqueue(draft, parts, now, repeat, through)
             for draft, parts in zip(wanted, encoded, strict=True)
         ]
         answers = await asyncio.gather(*sent, return_exceptions=True)
@@ -356,9 +422,10 @@ class Outbox:
         encoded: tuple[str, str, bytes, str],
         now: str | int,
         repeat: bool,
+        through: Coalescer,
     ) -> asyncio.Future[Enqueued]:
         row_id, route, body, dedupe = encoded
-        return self._scope.coalescer.submit(
+        return through.submit(
             _ENQUEUE,
             self._scope.tag,
             (route, now),
@@ -412,6 +479,7 @@ class Outbox:
         lease_ms: int = LEASE_MS_DEFAULT,
         consumer: str,
         claim_id: str | None = None,
+        durability: Durability | str | None = None,
         repeat: bool = False,
         now_ms: int | None = None,
     ) -> ClaimedRows:
@@ -419,7 +487,9 @@ class Outbox:
 
         limit: 0..1 000. lease_ms: 0..43 200 000 (12 h); 0 = over at once. consumer: who claims, for
         people to read. claim_id: 22 characters of `new_token()`, where the caller wants to be able to
-        repeat: the same claim id gets the rows again that it still holds, and no others.
+        repeat: the same claim id gets the rows again that it still holds, and no others. durability:
+        None = the client's; the claims carry it. Where too few replicas have the claim, its rows are
+        released, and NotDurable is raised.
 
         Rows whose attempts are used up and whose lease expired are dead-lettered instead of being
         handed out; those that park become unknown. If the caller is cancelled, rows that were claimed
@@ -435,20 +505,25 @@ class Outbox:
         if scope.is_new:
             await scope.register()
 
+        through = scope.coalescer
+        if durability is not None:
+            through = await scope.coalescer_for(durability)
+
         def undo(rows: ClaimedRows) -> None:
             self._give_back(rows, now_ms)
 
-        future = scope.coalescer.submit(
+        future = through.submit(
             _CLAIM,
             scope.tag,
             (route, now, lease_ms),
             self._bind,
             (token, limit, consumer),
             self._read_claimed,
-            context=(lane, target, token, consumer, lease_ms),
+            context=(lane, target, token, consumer, lease_ms, through),
             rows=max(limit, 1),
             head=_CLAIM_HEAD,
             undo=undo,
+            lease_ms=lease_ms,
             repeat=repeat,
         )
         try:
@@ -461,9 +536,9 @@ class Outbox:
         return claimed
 
     def _read_claimed(
-        self, item: Any, context: tuple[str, str, str, str, int], reply: Reply
+        self, item: Any, context: tuple[str, str, str, str, int, Coalescer], reply: Reply
     ) -> ClaimedRows:
-        lane, target, token, consumer, lease_ms = context
+        lane, target, token, consumer, lease_ms, through = context
         now = reply.now_ms
         claimed = ClaimedRows(now, reply.head[1], bool(reply.head[2]))
         if len(item) == 1:
@@ -497,13 +572,16 @@ class Outbox:
                 lease_expires_at_ms=lease_end,
                 errors=_read_errors(errors) if errors else (),
             )
-            claimed.append(Claim(self, row, token, fence, lease_end, deadline_s))
+            claimed.append(Claim(self, row, token, fence, lease_end, deadline_s, through))
         return claimed
 
     def _give_back(self, rows: ClaimedRows, now_ms: int | None) -> None:
-        """The caller was cancelled after its claim had left: nobody else knows of these rows."""
+        """The caller was cancelled after its claim had left, or too few replicas have the grant:
+        nobody works on these rows."""
         for claim in rows:
-            released = self._release(claim._route, claim.row.id, claim.token, False, now_ms)
+            released = self._release(
+                claim._route, claim.row.id, claim.token, False, now_ms, claim._through
+            )
             self._scope.in_background(released)
 
     async def run(
@@ -521,6 +599,7 @@ class Outbox:
         drain_ms: int = DRAIN_MS_DEFAULT,
         poll_ms: int = POLL_MS_DEFAULT,
         counts: RunCounts | None = None,
+        durability: Durability | str | None = None,
     ) -> RunCounts:
         """Claim rows of a lane and target as they become due, and call `handler(claim)` for each.
 
@@ -534,6 +613,8 @@ class Outbox:
         is claimed, rows at work may finish for drain_ms, then they are released and their handlers
         cancelled. A lost connection or a restarted server is waited out. poll_ms: how often to look
         without having been woken. counts: filled in while running, where given; it is what returns.
+        durability: of claims, and so of what follows them, None = the client's. What too few replicas
+        have is asked again while the lease lasts.
 
         Raises InvalidInput, and Unavailable once the client is closed. Source: spec/outbox 3.
         """
@@ -548,6 +629,7 @@ class Outbox:
             drain_ms=drain_ms,
             poll_ms=poll_ms,
             counts=counts,
+            durability=durability,
         )
         _check_route(lane, target)
         pump.add(self, self._scope.tag, lane, target, turn=concurrency)
@@ -565,6 +647,7 @@ class Outbox:
         drain_ms: int = DRAIN_MS_DEFAULT,
         poll_ms: int = POLL_MS_DEFAULT,
         counts: RunCounts | None = None,
+        durability: Durability | str | None = None,
     ) -> AsyncGenerator[Claim, None]:
         """`async for claim in outbox.consume(lane, target)`: rows as they become due.
 
@@ -572,6 +655,7 @@ class Outbox:
         counts against `concurrency`: with 1, the next row comes when this one is finished. A claim
         that is lost has `lost` set. Leaving the loop releases what is not finished (at once with
         `contextlib.aclosing`, else when the loop is collected); `stop` ends it after drain_ms at most.
+        durability: of the claims, as in `run`.
         """
         pump_and_claims = make_feed(
             self._scope.shared,
@@ -581,26 +665,41 @@ class Outbox:
             drain_ms=drain_ms,
             poll_ms=poll_ms,
             counts=counts,
+            durability=durability,
         )
         _check_route(lane, target)
         pump_and_claims[0].add(self, self._scope.tag, lane, target, turn=concurrency)
         return feed(*pump_and_claims, stop=stop, tags=[self._scope.tag])
 
     async def ack(
-        self, id: str, token: str, *, repeat: bool = False, now_ms: int | None = None
+        self,
+        id: str,
+        token: str,
+        *,
+        durability: Durability | str | None = None,
+        repeat: bool = False,
+        now_ms: int | None = None,
     ) -> AckOutcome:
         """Say that a claimed row was delivered.
 
         acked: it is sent, by this token, now or before. lost_claim: this token does not hold it (any
         more): another one may have sent it as well; nothing changed. forgotten (only for a repeat):
         the row was finished, by whom is not known any more. A late ack is good as long as nobody else
-        claimed the row. Source: spec/outbox 1.5.3.
+        claimed the row. durability: None = the client's. Source: spec/outbox 1.5.3.
         """
         codec.check_token(token)
-        return await self._ack(await self._route_of(id, now_ms), id, token, repeat, now_ms)
+        route = await self._route_of(id, now_ms)
+        through = await self._scope.coalescer_for(durability)
+        return await self._ack(route, id, token, repeat, now_ms, through)
 
     def _ack(
-        self, route: str, id: str, token: str, repeat: bool, now_ms: int | None
+        self,
+        route: str,
+        id: str,
+        token: str,
+        repeat: bool,
+        now_ms: int | None,
+        through: Coalescer,
     ) -> asyncio.Future[AckOutcome]:
         return self._finish(
             _ACK,
@@ -609,6 +708,7 @@ class Outbox:
             _read_ack,
             repeat,
             now_ms,
+            through,
         )
 
     async def nack(
@@ -619,6 +719,7 @@ class Outbox:
         error: str,
         retry_at_ms: int | None = None,
         permanent: bool = False,
+        durability: Durability | str | None = None,
         repeat: bool = False,
         now_ms: int | None = None,
     ) -> NackOutcome:
@@ -627,12 +728,15 @@ class Outbox:
         error: kept with the row, cut to 2 000 characters. retry_at_ms: when it may be claimed again,
         None = now, the past is allowed. permanent: dead-letter it whatever attempts are left.
         requeued | dead_lettered (attempts used up, or permanent) | lost_claim | forgotten as in
-        `ack`. Source: spec/outbox 1.5.4.
+        `ack`. durability: None = the client's. Source: spec/outbox 1.5.4.
         """
         codec.check_token(token)
         _check_retry_at(retry_at_ms)
         route = await self._route_of(id, now_ms)
-        return await self._nack(route, id, token, error, retry_at_ms, permanent, repeat, now_ms)
+        through = await self._scope.coalescer_for(durability)
+        return await self._nack(
+            route, id, token, error, retry_at_ms, permanent, repeat, now_ms, through
+        )
 
     def _nack(
         self,
@@ -644,6 +748,7 @@ class Outbox:
         permanent: bool,
         repeat: bool,
         now_ms: int | None,
+        through: Coalescer,
     ) -> asyncio.Future[NackOutcome]:
         retry_at = _check_retry_at(retry_at_ms)
         return self._finish(
@@ -653,6 +758,7 @@ class Outbox:
             _read_nack,
             repeat,
             now_ms,
+            through,
         )
 
     async def extend(
@@ -661,17 +767,20 @@ class Outbox:
         token: str,
         *,
         lease_ms: int = LEASE_MS_DEFAULT,
+        durability: Durability | str | None = None,
         repeat: bool = False,
         now_ms: int | None = None,
     ) -> ExtendOutcome:
         """Hold a claimed row for `lease_ms` from now, never for less than before.
 
-        extended | lost_claim: the lease has ended or was never this token's; stop the work.
+        extended | lost_claim: the lease has ended or was never this token's; stop the work. NotDurable:
+        it counts to the end that was known before. durability: None = the client's.
         """
         codec.check_token(token)
         codec.check_whole(lease_ms, "lease_ms", 1, codec.LEASE_MS_MAX)
         route = await self._route_of(id, now_ms)
-        outcome, _, _ = await self._extend(route, id, token, lease_ms, repeat, now_ms)
+        through = await self._scope.coalescer_for(durability)
+        outcome, _, _ = await self._extend(route, id, token, lease_ms, repeat, now_ms, through)
         return outcome
 
     async def _extend(
@@ -682,6 +791,7 @@ class Outbox:
         lease_ms: int,
         repeat: bool,
         now_ms: int | None,
+        through: Coalescer,
     ) -> tuple[ExtendOutcome, int, float]:
         """Outcome, lease end on the server's clock, lease end on the local clock."""
         codec.check_whole(lease_ms, "lease_ms", 1, codec.LEASE_MS_MAX)
@@ -694,33 +804,48 @@ class Outbox:
             deadline_s = reply.sent_at_s + (item[1] - reply.now_ms) / 1_000
             return ExtendOutcome.EXTENDED, item[1], deadline_s
 
-        result: tuple[ExtendOutcome, int, float] = await scope.coalescer.submit(
+        result: tuple[ExtendOutcome, int, float] = await through.submit(
             _EXTEND,
             scope.tag,
             (route, now),
             self._bind,
             (id, token, lease_ms),
             read,
+            lease_ms=lease_ms,
             repeat=repeat,
         )
         return result
 
     async def release(
-        self, id: str, token: str, *, repeat: bool = False, now_ms: int | None = None
+        self,
+        id: str,
+        token: str,
+        *,
+        durability: Durability | str | None = None,
+        repeat: bool = False,
+        now_ms: int | None = None,
     ) -> ReleaseOutcome:
         """Give a claimed row back untouched: the attempt is not charged, and it may be claimed at
-        once. released | lost_claim | forgotten as in `ack`."""
+        once. released | lost_claim | forgotten as in `ack`. durability: None = the client's."""
         codec.check_token(token)
-        return await self._release(await self._route_of(id, now_ms), id, token, repeat, now_ms)
+        route = await self._route_of(id, now_ms)
+        through = await self._scope.coalescer_for(durability)
+        return await self._release(route, id, token, repeat, now_ms, through)
 
     # --- operating --------------------------------------------------------------------------------
 
     async def cancel(
-        self, id: str, *, repeat: bool = False, now_ms: int | None = None
+        self,
+        id: str,
+        *,
+        durability: Durability | str | None = None,
+        repeat: bool = False,
+        now_ms: int | None = None,
     ) -> CancelOutcome:
         """Take a pending row out of the line for good.
 
         cancelled | not_pending (claimed, unknown or finished: nothing changed) | missing | forgotten.
+        durability: None = the client's.
         """
         outcome: CancelOutcome = await self._finish(
             _CANCEL,
@@ -729,6 +854,7 @@ class Outbox:
             _read_cancel,
             repeat,
             now_ms,
+            await self._scope.coalescer_for(durability),
         )
         return outcome
 
@@ -737,6 +863,7 @@ class Outbox:
         id: str,
         *,
         claim_count: int | None = None,
+        durability: Durability | str | None = None,
         repeat: bool = False,
         now_ms: int | None = None,
     ) -> RedriveOutcome:
@@ -744,11 +871,18 @@ class Outbox:
 
         claim_count: that of the row as the caller saw it, None = as it is now; a row that was claimed
         since, and may be dead for another reason, is left alone. redriven | not_dead (nothing changed)
-        | missing | forgotten.
+        | missing | forgotten. durability: None = the client's.
         """
         route, seen = await self._seen(id, claim_count, now_ms)
         outcome: RedriveOutcome = await self._finish(
-            _REDRIVE, route, (id,), _read_redrive, repeat, now_ms, claim_count=seen
+            _REDRIVE,
+            route,
+            (id,),
+            _read_redrive,
+            repeat,
+            now_ms,
+            await self._scope.coalescer_for(durability),
+            claim_count=seen,
         )
         return outcome
 
@@ -760,6 +894,7 @@ class Outbox:
         actor: str,
         reason: str,
         claim_count: int | None = None,
+        durability: Durability | str | None = None,
         repeat: bool = False,
         now_ms: int | None = None,
     ) -> ResolveOutcome:
@@ -768,7 +903,7 @@ class Outbox:
         verdict: `sent` (it was delivered), `redrive` (it was not: send it again), `dead` (leave it).
         actor and reason are kept with the row. claim_count: that of the row as the caller saw it, None =
         as it is now: the verdict is about that attempt and no later one. resolved | not_unknown (nothing
-        changed) | missing | forgotten.
+        changed) | missing | forgotten. durability: None = the client's.
         """
         if verdict not in ("sent", "redrive", "dead"):
             raise InvalidInput("verdict must be 'sent', 'redrive' or 'dead'", field="verdict")
@@ -782,6 +917,7 @@ class Outbox:
             _read_resolve,
             repeat,
             now_ms,
+            await self._scope.coalescer_for(durability),
             claim_count=seen,
         )
         return outcome
@@ -964,13 +1100,14 @@ class Outbox:
         words: Callable[[Any, Any, Reply], _Word],
         repeat: bool,
         now_ms: int | None,
+        through: Coalescer,
         *,
         claim_count: str = "",
     ) -> asyncio.Future[_Word]:
         """One item of a command that ends something: its outcome is a word."""
         scope = self._scope
         now = scope.now_argument(now_ms)
-        return scope.coalescer.submit(
+        return through.submit(
             one,
             scope.tag,
             (route, now, claim_count),
@@ -981,11 +1118,17 @@ class Outbox:
         )
 
     def _release(
-        self, route: str, id: str, token: str, repeat: bool, now_ms: int | None
+        self,
+        route: str,
+        id: str,
+        token: str,
+        repeat: bool,
+        now_ms: int | None,
+        through: Coalescer,
     ) -> asyncio.Future[ReleaseOutcome]:
         scope = self._scope
         now = scope.now_argument(now_ms)
-        return scope.coalescer.submit(
+        return through.submit(
             _RELEASE,
             scope.tag,
             (route, now),

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from typing import Any
 
 from leasekit.consuming.pump import Options, Pump, consumer_name
+from leasekit.durability import Durability, durability_of
 from leasekit.errors import InvalidInput
 from leasekit.model import RunCounts
 from leasekit.scope import Shared
@@ -48,6 +49,7 @@ def make_pump(
     per_tenant: int | None = None,
     handler_timeout_ms: int | None = None,
     backoff_ms: tuple[int, int] = BACKOFF_MS_DEFAULT,
+    durability: Durability | str | None = None,
     handler: Callable[[Any], Awaitable[Any]] | None = None,
     give: Callable[[Any], None] | None = None,
     new_tenant: Callable[[str], None] | None = None,
@@ -67,6 +69,7 @@ def make_pump(
         backoff_ms=backoff_ms,
         drain_ms=drain_ms,
         poll_ms=poll_ms,
+        durability=None if durability is None else durability_of(durability),
     )
     return Pump(
         shared.hub,

@@ -29,9 +29,11 @@ from leasekit import codec
 from leasekit.consuming.backoff import backoff_ms, jittered_ms
 from leasekit.consuming.keeper import Held, Keeper
 from leasekit.consuming.schedule import Entry, Room, Schedule
+from leasekit.durability import Durability
 from leasekit.errors import (
     InvalidInput,
     LeasekitError,
+    NotDurable,
     OutcomeUnknown,
     Permanent,
     RetryAfter,
@@ -70,6 +72,7 @@ class Options:
     backoff_ms: tuple[int, int]
     drain_ms: int
     poll_ms: int
+    durability: Durability | None = None
 
     def __post_init__(self) -> None:
         codec.check_text(self.consumer, "consumer")
@@ -288,6 +291,7 @@ class Pump:
                 lease_ms=self._options.lease_ms,
                 consumer=self._options.consumer,
                 claim_id=entry.claim_id,
+                durability=self._options.durability,
                 repeat=is_repeat,
             )
             entry.claim_id, entry.failures = None, 0
@@ -404,7 +408,7 @@ class Pump:
             try:
                 await end(repeat)
                 return
-            except (Unavailable, OutcomeUnknown) as error:
+            except (NotDurable, OutcomeUnknown, Unavailable) as error:
                 repeat = True
                 if self._is_closing() or self._is_cutting or held.claim.remaining_ms() <= 0:
                     _logger.warning(

@@ -115,7 +115,7 @@ def test_no_face_shows_its_secrets() -> None:
         created_at_ms=0,
         available_at_ms=0,
     )
-    claim = Claim(None, row, token, 7, 10, 0.0)  # type: ignore[arg-type]
+    claim = Claim(None, row, token, 7, 10, 0.0, None)  # type: ignore[arg-type]
     lease = Lease("n", "o", token, 7, 0, 10, 0.0)
     acquisition = Acquisition(model.AcquireOutcome.ACQUIRED, lease, None)
     reservation = model.Reservation(
