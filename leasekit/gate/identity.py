@@ -60,8 +60,6 @@ TIERS_ALL = (
 )
 """Every ToolRiskTier (spec/reliability 1.4)."""
 
-"""What is gated unless configured otherwise; `consequential_write` is so by configuration only."""
-
 TARGET_KEYS = (
     *("owner_repo", "repo", "repository", "channel", "channel_id"),
     *("thread_ts", "database_id", "page_id", "id"),
