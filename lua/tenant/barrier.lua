@@ -8,9 +8,9 @@
 -- COST  O(1)
 -- WHY   WAIT waits for what its own connection wrote last. Where that wrote nothing, because a
 --       repeat found everything done, Valkey and Redis 7 answer at once, and what the reply told
---       may be on no replica. This write comes between the commands and their WAIT, so that there is
---       always one. It begins with a deletion, which Redis 6.2 lets pass when memory is full, as it
---       does all that follows. A PUBLISH is cheaper and does not move the offset in a cluster.
+--       may be on no replica. This write comes between the commands and their WAIT, so that there
+--       is always one. It begins with a deletion, which Redis 6.2 lets pass when memory is full, as
+--       it does all that follows. A PUBLISH is cheaper and does not move the offset in a cluster.
 local barrier = KEYS[1]
 local now_ms = ARGV[1]
 
