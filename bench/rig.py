@@ -46,7 +46,8 @@ class Server:
     core: int | None = None  # where servers run; `pin` decides
     binary: str | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, **more: str) -> None:
+        """`more` settings by name, with `_` for `-`; they replace the usual ones."""
         binary, _ = embedded._find_binary(self.binary or shutil.which("redis-server"))
         self.directory = tempfile.mkdtemp(prefix="lkb")
         self.socket_path = f"{self.directory}/s"
@@ -62,11 +63,15 @@ class Server:
             "appendonly": "no",
             "maxmemory-policy": "noeviction",
             "logfile": f"{self.directory}/log",
-        }
+        } | {name.replace("_", "-"): value for name, value in more.items()}
         self._process = subprocess.Popen(
             [
                 binary,
-                *(str(word) for item in settings.items() for word in (f"--{item[0]}", item[1])),
+                *(
+                    word
+                    for name, value in settings.items()
+                    for word in (f"--{name}", *str(value).split(" "))
+                ),
             ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -101,6 +106,13 @@ class Server:
         """CPU seconds so far. (Their sum is exact, the split into user and system is an estimate.)"""
         info = self._client.info("cpu")
         return float(info["used_cpu_user"]) + float(info["used_cpu_sys"])
+
+    def wait_for_replicas(self, count: int) -> None:
+        """Until so many replicas have caught up."""
+        give_up_at = time.monotonic() + STARTS_WITHIN_S
+        while int(self._client.execute_command("WAIT", count, 100)) < count:
+            if time.monotonic() > give_up_at:
+                raise SystemExit(f"the replicas of {self.url} did not catch up")
 
     def memory_bytes(self) -> int:
         return int(self._client.info("memory")["used_memory"])

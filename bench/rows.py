@@ -21,7 +21,7 @@ from barest import CONSUMER, LANE, LEASE_MS, PAYLOAD, TARGET, Barest, Ours
 from rig import ByHand, Cost, Server, by_coroutines, measured
 
 import leasekit
-from leasekit import codec
+from leasekit import codec, gate
 
 POOL_CONNECTIONS = 50
 HANDS = 3  # batches under way when sent by hand, as many as the client has flights
@@ -561,6 +561,101 @@ class IdempotencyKeys(Row):
         yield Figure("pairs a second against SET NX by hand", gain, at_least=8)
 
 
+class GrantedOnce(Row):
+    name = "gate"
+    about = (
+        "gate: prepare + complete by 1 000 coroutines, and one pair alone, for each durability class; on "
+        "servers of its own: one without persistence and with one replica, one that syncs every write"
+    )
+    PAIRS: ClassVar = {
+        "none": ("plain", "none"),
+        "replicated(1)": ("plain", "replicated(1)"),
+        "fsync": ("synced", "fsync"),
+    }
+    kits: ClassVar[dict[str, leasekit.Leasekit]] = {}
+
+    async def round(self) -> None:
+        if not self.kits:
+            plain, synced = Server(), Server(appendonly="yes", appendfsync="always")
+            self.replica = Server(replicaof=f"127.0.0.1 {plain.port}")
+            self.servers = {"plain": plain, "synced": synced}
+            plain.wait_for_replicas(1)
+            self.kits = {
+                name: await leasekit.connect(server.url) for name, server in self.servers.items()
+            }
+            self.round_number = 0
+        self.round_number += 1
+        for durability, (place, given) in self.PAIRS.items():
+            await self.pairs(place, f"gate, {durability}", self.granted, given)
+            await self.pairs(place, f"reserve + complete, {durability}", self.reserved, given)
+
+    async def pairs(
+        self, place: str, contestant: str, pair: Callable[..., Awaitable[None]], durability: str
+    ) -> None:
+        tenant, sizes = self.kits[place].tenant("bench", "gate"), self.rig.sizes
+        server, turns = self.servers[place], max(1, sizes.lifecycles // 4)
+        run = f"{contestant}-{self.round_number}"
+
+        async def one(number: int, turn: int) -> None:
+            await pair(tenant, f"{run}-{number}-{turn}", durability)
+
+        await one(-1, 0)  # the connection of its class
+        cost, _ = await measured(server, lambda: by_coroutines(sizes.coroutines, turns, one))
+        self.costs[contestant].append(cost.per(sizes.coroutines * turns))
+        taken = []
+        for turn in range(max(1, sizes.lone_calls // 10)):
+            began = time.perf_counter()
+            await one(-2, turn)
+            taken.append(time.perf_counter() - began)
+        self.costs[f"{contestant}, alone"].append(Cost(statistics.median(taken), 0, 0))
+
+    async def granted(self, tenant: leasekit.Tenant, key: str, durability: str) -> None:
+        source = gate.Source(kind="bench", run_id=CONSUMER)
+        event = gate.PreSendEvent(
+            dispatch_id=key,
+            tool="mcp.mail.send",
+            args={"to": key},
+            source=source,
+            external_side_effect=True,
+        )
+        receipt = await tenant.gate.prepare(event, on_expiry="park", durability=durability)
+        done = gate.LedgerEvent(
+            dispatch_id=key,
+            tool="mcp.mail.send",
+            source=source,
+            policy_outcome="allowed",
+            status="succeeded",
+        )
+        assert await tenant.gate.complete(done, receipt=receipt) == "recorded"
+
+    async def reserved(self, tenant: leasekit.Tenant, key: str, durability: str) -> None:
+        keys = tenant.idempotency
+        held = await keys.reserve(
+            "charge", key, owner=CONSUMER, fingerprint=key, durability=durability
+        )
+        assert held.token is not None
+        await keys.complete("charge", key, None, token=held.token, durability=durability)
+
+    def figures(self) -> Iterable[Figure]:
+        for durability in self.PAIRS:
+            ours, keys = f"gate, {durability}", f"reserve + complete, {durability}"
+            rate = 1 / statistics.median(cost.seconds for cost in self.costs[ours])
+            yield Figure(f"{durability}: grants a second", rate, "/s")
+            yield Figure(
+                f"{durability}: a pair's time against reserve + complete",
+                self.ratio(ours, keys, "seconds"),
+            )
+            alone = statistics.median(cost.seconds for cost in self.costs[f"{ours}, alone"])
+            yield Figure(f"{durability}: a pair alone, p50", 1e3 * alone, "ms")
+
+    async def close(self) -> None:
+        if self.kits:
+            for kit in self.kits.values():
+                await kit.close()
+            for server in (self.replica, *self.servers.values()):
+                server.stop()
+
+
 ROWS: tuple[type[Row], ...] = (
     ServerTime,
     RedisCalls,
@@ -571,4 +666,5 @@ ROWS: tuple[type[Row], ...] = (
     Memory,
     Growth,
     IdempotencyKeys,
+    GrantedOnce,
 )

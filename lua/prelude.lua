@@ -21,6 +21,10 @@ local RESERVED_KEEP_MS = 86400000
 local FACTS_KEPT = 16
 local FACT_BYTES_MAX = 65536
 local OPENINGS_KEPT = 16
+-- The list in which an intent stands by its status; a claimed one by what the end of its lease means.
+local LIST_OF = {
+  park = "expiring", unknown = "unknown", dead_lettered = "dead", sent = "done", cancelled = "done",
+}
 
 local function refuse(problem)
   return redis.error_reply("LK_ARGUMENT " .. problem)
@@ -353,7 +357,8 @@ local function records_over(due, now, asked)
   return over
 end
 
--- An intent's state line; PROTOCOL.md, "Gate". `seen_at` and `was_run` remember where it stood.
+-- An intent's state line; PROTOCOL.md, "Gate". What is counted with is a number, the rest text.
+-- `seen_at` and `stood_in` remember where it stood when it was read.
 local function read_intent(id, line)
   local status, cause, token, lease_end, updated_at, created_at, revision, attempts, fence,
     claimed_at, on_expiry, asks, ask_token, ask_fence, ask_end, ask_at, run, key_digest,
@@ -364,22 +369,22 @@ local function read_intent(id, line)
   end
   return {
     id = id, status = status, cause = cause, token = token, lease_end = tonumber(lease_end),
-    updated_at = tonumber(updated_at), created_at = tonumber(created_at),
-    revision = tonumber(revision), attempts = tonumber(attempts), fence = fence,
-    claimed_at = claimed_at, on_expiry = on_expiry, asks = tonumber(asks), ask_token = ask_token,
-    ask_fence = ask_fence, ask_end = tonumber(ask_end), ask_at = tonumber(ask_at), run = run,
+    created_at = created_at, revision = tonumber(revision), attempts = tonumber(attempts),
+    fence = fence, claimed_at = claimed_at, on_expiry = on_expiry, asks = asks,
+    ask_token = ask_token, ask_fence = ask_fence, ask_end = ask_end, ask_at = ask_at, run = run,
     key_digest = key_digest, arguments_digest = arguments_digest, owner = owner,
-    seen_at = tonumber(updated_at),
+    updated_at = updated_at, seen_at = updated_at,
+    stood_in = LIST_OF[status == "claimed" and on_expiry or status],
   }
 end
 
+-- Instants and counts are below 10^14, which `..` writes in full.
 local function intent_line(row)
-  return row.status .. " " .. row.cause .. " " .. row.token .. " " .. integer(row.lease_end) .. " "
-    .. integer(row.updated_at) .. " " .. integer(row.created_at) .. " " .. integer(row.revision)
-    .. " " .. integer(row.attempts) .. " " .. row.fence .. " " .. row.claimed_at .. " "
-    .. row.on_expiry .. " " .. integer(row.asks) .. " " .. row.ask_token .. " " .. row.ask_fence
-    .. " " .. integer(row.ask_end) .. " " .. integer(row.ask_at) .. " " .. row.run .. " "
-    .. row.key_digest .. " " .. row.arguments_digest .. " " .. row.owner
+  return row.status .. " " .. row.cause .. " " .. row.token .. " " .. row.lease_end .. " "
+    .. row.updated_at .. " " .. row.created_at .. " " .. row.revision .. " " .. row.attempts .. " "
+    .. row.fence .. " " .. row.claimed_at .. " " .. row.on_expiry .. " " .. row.asks .. " "
+    .. row.ask_token .. " " .. row.ask_fence .. " " .. row.ask_end .. " " .. row.ask_at .. " "
+    .. row.run .. " " .. row.key_digest .. " " .. row.arguments_digest .. " " .. row.owner
 end
 
 -- What an intent reads as: one that parks is unknown from the end of its lease on, written or not.
@@ -392,7 +397,7 @@ end
 
 -- Its member in the index of runs: the newest of a run come last.
 local function run_member(row, updated_at)
-  return row.run .. ":" .. string.format("%016.0f", updated_at) .. ":" .. row.id
+  return row.run .. ":" .. string.sub("0000000000000000" .. updated_at, -16) .. ":" .. row.id
 end
 
 -- The intents of a call by id, each read once, and changed in place by one item after the other.
@@ -409,48 +414,48 @@ end
 
 -- Writes intents that were changed, with every list that they stand in. Deletes first.
 local function save_intents(changed, now, keys)
-  local ids, lines, updated, gone_runs, runs = {}, {}, {}, {}, {}
-  local lists = { expiring = {}, unknown = {}, dead = {}, done = {} }
+  local lines, updated, known, gone_runs, runs = {}, {}, {}, {}, {}
+  local gone, lists, now_text = {}, {}, integer(now)
   for i = 1, #changed do
     local row = changed[i]
-    if row.run ~= "~" and row.seen_at then
-      gone_runs[#gone_runs + 1] = run_member(row, row.seen_at)
+    local id, list = row.id, LIST_OF[row.status == "claimed" and row.on_expiry or row.status]
+    if row.seen_at then
+      known[#known + 1] = id
     end
-    row.updated_at = now
-    ids[i] = row.id
-    lines[2 * i - 1], lines[2 * i] = row.id, intent_line(row)
-    updated[2 * i - 1], updated[2 * i] = integer(now), row.id
+    if row.stood_in and row.stood_in ~= list then
+      gone[row.stood_in] = gone[row.stood_in] or {}
+      gone[row.stood_in][#gone[row.stood_in] + 1] = id
+    end
+    row.updated_at = now_text
+    local n = 2 * i
+    lines[n - 1], lines[n] = id, intent_line(row)
+    updated[n - 1], updated[n] = now_text, id
     if row.run ~= "~" then
-      local n = #runs
-      runs[n + 1], runs[n + 2] = "0", run_member(row, now)
-    end
-    local list, at
-    if row.status == "claimed" and row.on_expiry == "park" then
-      list, at = lists.expiring, row.lease_end
-    elseif row.status == "unknown" then
-      list, at = lists.unknown, row.ask_at
-    elseif row.status == "dead_lettered" then
-      list, at = lists.dead, now
-    elseif row.status == "sent" or row.status == "cancelled" then
-      list, at = lists.done, now
+      if row.seen_at then
+        gone_runs[#gone_runs + 1] = run_member(row, row.seen_at)
+      end
+      n = #runs
+      runs[n + 1], runs[n + 2] = "0", run_member(row, now_text)
     end
     if list then
-      local n = #list
-      list[n + 1], list[n + 2] = integer(at), row.id
+      lists[list] = lists[list] or {}
+      n = #lists[list]
+      lists[list][n + 1] = list == "expiring" and integer(row.lease_end)
+        or list == "unknown" and row.ask_at or now_text
+      lists[list][n + 2] = id
     end
   end
-  write("ZREM", keys.expiring, ids)
-  write("ZREM", keys.unknown, ids)
-  write("ZREM", keys.dead, ids)
-  write("ZREM", keys.done, ids)
+  write("ZREM", keys.updated, known)
   write("ZREM", keys.runs, gone_runs)
+  for list, ids in pairs(gone) do
+    write("ZREM", keys[list], ids)
+  end
   write("HSET", keys.state, lines)
   write("ZADD", keys.updated, updated)
   write("ZADD", keys.runs, runs)
-  write("ZADD", keys.expiring, lists.expiring)
-  write("ZADD", keys.unknown, lists.unknown)
-  write("ZADD", keys.dead, lists.dead)
-  write("ZADD", keys.done, lists.done)
+  for list, pairs_of in pairs(lists) do
+    write("ZADD", keys[list], pairs_of)
+  end
 end
 
 -- What was said of an intent, with one more: `at kind fence applied text`. What was not applied is
@@ -476,5 +481,5 @@ end
 
 -- How long after a question that found nothing out the next one may be put.
 local function pause_after(asks, first_ms, most_ms)
-  return math.min(first_ms * 2 ^ math.min(asks - 1, 40), most_ms)
+  return math.floor(math.min(first_ms * 2 ^ math.min(asks - 1, 40), most_ms))
 end

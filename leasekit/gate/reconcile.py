@@ -227,7 +227,8 @@ class Reconciler:
             return
         counts.asked += 1
         _, fence, ask_end, revision, asks = answer
-        question = Question(intent, intent.idempotency_key or "", int(fence), asks, ask_end)
+        key = intent.idempotency_key or ""
+        question = Question(intent, key, int(fence), int(asks), int(ask_end))
         verdict = await self._put(question, callback)
         recorded = await coalescer.submit(
             _ANSWER,

@@ -66,12 +66,13 @@ for i = 1, count do
   elseif row.ask_token ~= token or row.cause ~= "asked" or row.revision ~= revision then
     reply[i + 1] = { "lost", intent_status(row, now) }
   else
+    local asks = tonumber(row.asks)
     row.status, row.cause, row.revision = STATUS[verdict], verdict, row.revision + 1
-    row.ask_end = math.min(row.ask_end, now)
-    if verdict == "undecidable" and row.asks >= budget then
+    row.ask_end = integer(math.min(tonumber(row.ask_end), now))
+    if verdict == "undecidable" and asks >= budget then
       row.status = "dead_lettered"
     elseif verdict == "undecidable" then
-      row.ask_at = now + math.floor(pause_after(row.asks, first, most))
+      row.ask_at = integer(now + pause_after(asks, first, most))
     end
     reply[i + 1] = { "recorded", row.status }
     changed[#changed + 1] = row

@@ -57,6 +57,10 @@ end
 local rows = read_intents(state, ids)
 local given = next_fence(fence, micros)
 
+local function not_before(row)
+  return math.max(row.lease_end + settle, tonumber(row.ask_end), tonumber(row.ask_at))
+end
+
 local reply, changed, has_asked = { now }, {}, false
 for i = 1, count do
   local row, token = rows[ids[i]], ARGV[FIXED + (i - 1) * WIDTH + 2]
@@ -68,17 +72,18 @@ for i = 1, count do
       or { "not_unknown", status }
   elseif row.cause == "asked" and row.ask_token == token then
     reply[i + 1] = { "asked", row.ask_fence, row.ask_end, row.revision, row.asks }
-  elseif math.max(row.lease_end + settle, row.ask_end, row.ask_at) > now then
-    reply[i + 1] = { "wait", math.max(row.lease_end + settle, row.ask_end, row.ask_at) }
+  elseif not_before(row) > now then
+    reply[i + 1] = { "wait", not_before(row) }
   else
+    local asks = tonumber(row.asks)
     row.ask_token, row.revision = token, row.revision + 1
-    if row.asks >= budget then
+    if asks >= budget then
       row.status, row.cause = "dead_lettered", "undecidable"
       reply[i + 1] = "buried"
     else
-      row.status, row.cause, row.asks = "unknown", "asked", row.asks + 1
-      row.ask_fence, row.ask_end = integer(given), now + lease
-      row.ask_at = row.ask_end + math.floor(pause_after(row.asks, first, most))
+      row.status, row.cause, row.asks = "unknown", "asked", integer(asks + 1)
+      row.ask_fence, row.ask_end = integer(given), integer(now + lease)
+      row.ask_at = integer(now + lease + pause_after(asks + 1, first, most))
       reply[i + 1] = { "asked", row.ask_fence, row.ask_end, row.revision, row.asks }
       has_asked = true
     end

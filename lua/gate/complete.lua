@@ -101,7 +101,7 @@ for i = 1, count do
         row.lease_end = math.min(row.lease_end, now)
       elseif wanted == "unknown" then
         row.lease_end = math.min(row.lease_end, now)
-        row.ask_at = row.lease_end
+        row.ask_at = integer(row.lease_end)
       end
       row.status, row.cause, row.revision = wanted, result, row.revision + 1
       if not row.is_changed then

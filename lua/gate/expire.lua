@@ -36,7 +36,7 @@ for i = 1, #ids do
   local row = rows[ids[i]]
   if row and row ~= "damaged" and row.status == "claimed" then
     row.status, row.cause, row.revision = "unknown", "parked", row.revision + 1
-    row.ask_at = row.lease_end
+    row.ask_at = integer(row.lease_end)
     changed[#changed + 1] = row
   else
     stray[#stray + 1] = ids[i]

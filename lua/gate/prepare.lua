@@ -92,7 +92,7 @@ for i = 1, count do
   else
     if not row then
       row = {
-        id = id, created_at = now, revision = 0, attempts = 0, run = ARGV[base + 7],
+        id = id, created_at = integer(now), revision = 0, attempts = 0, run = ARGV[base + 7],
         key_digest = key_digest, arguments_digest = arguments_digest,
       }
       rows[id] = row
@@ -107,7 +107,7 @@ for i = 1, count do
     row.lease_end, row.on_expiry = now + leases[i], on_expiry
     row.revision, row.attempts = row.revision + 1, row.attempts + 1
     row.fence, row.claimed_at = integer(given), integer(now)
-    row.asks, row.ask_token, row.ask_fence, row.ask_end, row.ask_at = 0, "~", "0", 0, 0
+    row.asks, row.ask_token, row.ask_fence, row.ask_end, row.ask_at = "0", "~", "0", "0", "0"
     row.owner = ARGV[base + 8]
     reply[i + 2] = { "granted", row.fence, row.claimed_at, row.lease_end, row.attempts,
       row.created_at }
