@@ -33,14 +33,17 @@ class Upkeep:
     """Keeps a lease of the current task's body, from `start` to `stop`.
 
     `extend` renews it and gives its new end on the local clock, or None where it is lost; where it
-    raises, the lease stays as it was. `deadline_s`: its end on the local clock so far.
+    raises, the lease stays as it was. `deadline_s`: its end on the local clock so far. `lost`: is set
+    when it is.
     """
 
-    def __init__(self, extend: Extend, lease_ms: int, deadline_s: float) -> None:
+    def __init__(
+        self, extend: Extend, lease_ms: int, deadline_s: float, lost: asyncio.Event
+    ) -> None:
         self._extend = extend
         self._lease_ms = lease_ms
         self.deadline_s = deadline_s
-        self.lost = asyncio.Event()
+        self._lost = lost
         self._renewing: asyncio.Task[None] | None = None
         self._body: asyncio.Task[Any] | None = None
         self._cancels_before = 0
@@ -75,14 +78,14 @@ class Upkeep:
                 async with asyncio.timeout(left_s):
                     deadline_s = await self._extend()
             except (TimeoutError, LeasekitError):
-                # The server may be back before the lease is over: try until it is.
+                # The server, or its replicas, may be back before the lease is over: try until it is.
                 pause_s = min(RENEW_RETRY_MS, self._lease_ms / 10) / 1_000
                 continue
             if deadline_s is None:
                 break
             self.deadline_s = deadline_s
             pause_s = self._lease_ms / RENEWALS_PER_LEASE / 1_000
-        self.lost.set()
+        self._lost.set()
         if self._body is not None and not self._body.done():
             self._cancelled_body = True
             self._body.cancel()

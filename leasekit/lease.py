@@ -20,6 +20,7 @@ from leasekit import codec
 from leasekit.coalesce import Coalescer, Reply, Variant, local_clock_s
 from leasekit.durability import Durability, durability_of
 from leasekit.errors import Conflict, LeasekitError, LeaseLost
+from leasekit.holding import Upkeep
 from leasekit.model import (
     AcquireOutcome,
     Holder,
@@ -42,11 +43,6 @@ __all__ = ["Acquisition", "Lease", "Leases"]
 WAIT_FIRST_MS = 10
 WAIT_MOST_MS = 500
 WAIT_MS_MAX = 24 * 3_600_000
-RENEWALS_PER_LEASE = 3
-RENEW_RETRY_MS = 50
-# What is kept back of a lease, so that the holder stops before its end, not at it.
-MARGIN_SHARE = 0.05
-MARGIN_MS_MAX = 500
 
 _ACQUIRE = script("lease/acquire", item=("name", "token", "ttl_ms", "owner"))
 _EXTEND = script("lease/extend", item=("name", "token", "ttl_ms"))
@@ -382,18 +378,14 @@ class _Hold(AbstractAsyncContextManager[Lease]):
         self._owner = owner
         self._wait_ms = wait_ms
         self._lease: Lease | None = None
-        self._renewing: asyncio.Task[None] | None = None
-        self._body: asyncio.Task[Any] | None = None
-        self._cancelled_body = False
-        self._cancels_before = 0
+        self._upkeep: Upkeep | None = None
 
     async def __aenter__(self) -> Lease:
         self._through = await self._leases._scope.coalescer_for(self._durability)
-        self._lease = await self._wait_for_lease()
-        self._body = asyncio.current_task()
-        self._cancels_before = self._body.cancelling() if self._body else 0
-        self._renewing = asyncio.create_task(self._renew(self._lease))
-        return self._lease
+        self._lease = lease = await self._wait_for_lease()
+        self._upkeep = Upkeep(self._extend, self._ttl_ms, lease._deadline_s, lease.lost)
+        self._upkeep.start()
+        return lease
 
     async def __aexit__(
         self,
@@ -401,12 +393,12 @@ class _Hold(AbstractAsyncContextManager[Lease]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        lease, renewing, body = self._lease, self._renewing, self._body
-        if lease is None or renewing is None or body is None:
+        lease, upkeep = self._lease, self._upkeep
+        if lease is None or upkeep is None:
             raise RuntimeError("left without having been entered")
-        renewing.cancel()
+        is_ours = upkeep.stop()
         if lease.lost.is_set():
-            if self._cancelled_body and body.uncancel() > self._cancels_before:
+            if not is_ours:
                 # Someone else cancelled the body as well: that is not ours to swallow.
                 return
             if error is None or isinstance(error, asyncio.CancelledError):
@@ -453,35 +445,18 @@ class _Hold(AbstractAsyncContextManager[Lease]):
             await asyncio.sleep(min(step_ms * random.uniform(0.5, 1.0), left_ms) / 1_000)
             step_ms = min(2 * step_ms, WAIT_MOST_MS)
 
-    async def _renew(self, lease: Lease) -> None:
-        """Extend at a third of the lease, and oftener when that fails; at the margin, give up."""
-        margin_s = min(self._ttl_ms * MARGIN_SHARE, MARGIN_MS_MAX) / 1_000
-        pause_s = self._ttl_ms / RENEWALS_PER_LEASE / 1_000
-        while True:
-            left_s = lease._deadline_s - margin_s - local_clock_s()
-            if left_s <= 0:
-                break
-            await asyncio.sleep(min(pause_s, left_s))
-            left_s = lease._deadline_s - margin_s - local_clock_s()
-            if left_s <= 0:
-                break
-            try:
-                async with asyncio.timeout(left_s):
-                    extended = await self._leases._extend(
-                        lease.name, lease.token, self._ttl_ms, None, self._through
-                    )
-            except (TimeoutError, LeasekitError):
-                # The server, or its replicas, may be back before the lease is over: try until it is.
-                pause_s = min(RENEW_RETRY_MS, self._ttl_ms / 10) / 1_000
-                continue
-            if extended is None:
-                break
-            lease.expires_at_ms, lease._deadline_s = extended
-            pause_s = self._ttl_ms / RENEWALS_PER_LEASE / 1_000
-        lease.lost.set()
-        if self._body is not None and not self._body.done():
-            self._cancelled_body = True
-            self._body.cancel()
+    async def _extend(self) -> float | None:
+        """Renew the lease, and give its new end on the local clock; None: it is lost."""
+        lease = self._lease
+        if lease is None:
+            return None
+        extended = await self._leases._extend(
+            lease.name, lease.token, self._ttl_ms, None, self._through
+        )
+        if extended is None:
+            return None
+        lease.expires_at_ms, lease._deadline_s = extended
+        return lease._deadline_s
 
     def _lost(self) -> LeaseLost:
         return LeaseLost(

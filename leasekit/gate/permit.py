@@ -43,6 +43,8 @@ class Permit:
         self.attempts = 0 if receipt is None else receipt.attempts
         self.has_begun = False
         self._gate = gate
+        self.lost = asyncio.Event()
+        """Set when the lease has ended, was taken or could not be renewed in time."""
         self._upkeep: Upkeep | None = None
         self._lease_ms = 0
         self._said: asyncio.Task[None] | None = None
@@ -59,13 +61,6 @@ class Permit:
     def has_spoken(self) -> bool:
         """Whether it was said what became of the call."""
         return self._said is not None
-
-    @property
-    def lost(self) -> asyncio.Event:
-        """Set when the lease has ended, was taken or could not be renewed in time."""
-        if self._upkeep is None:
-            return asyncio.Event()
-        return self._upkeep.lost
 
     def begin(self, *, needs_ms: int | None = None) -> None:
         """Say that the call is about to be made: the last moment at which it can be left undone.
@@ -163,7 +158,7 @@ class Dispatch(AbstractAsyncContextManager[Permit]):
         self._permit = permit = Permit(gate, self._event, receipt)
         if receipt is not None:
             permit._lease_ms = self._lease_ms
-            permit._upkeep = Upkeep(self._extend, self._lease_ms, receipt.deadline_s)
+            permit._upkeep = Upkeep(self._extend, self._lease_ms, receipt.deadline_s, permit.lost)
             permit._upkeep.start()
         return permit
 
