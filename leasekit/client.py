@@ -99,6 +99,12 @@ class Leasekit:
         return self._shared.coalescer.durability
 
     @property
+    def gate_durability(self) -> Durability:
+        """The class of durability of what the gates grant and record."""
+        wanted = self._shared.settings.gate.durability
+        return self.durability if wanted is None else durability_of(wanted)
+
+    @property
     def prefix(self) -> str:
         """What all keys begin with."""
         return self._shared.settings.prefix

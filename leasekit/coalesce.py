@@ -46,7 +46,7 @@ from redis.exceptions import ResponseError
 
 from leasekit import scripts
 from leasekit.connect import ConnectionLost, Wire
-from leasekit.durability import NONE, Durability
+from leasekit.durability import FSYNC_SETTINGS, NONE, Durability
 from leasekit.errors import (
     LeasekitError,
     NotDurable,
@@ -69,12 +69,6 @@ RECONNECT_MOST_MS = 500
 REPEATS_MAX = 2
 # The server runs nothing of this connection while it waits: a second flight is there when it is done.
 FLIGHTS_MAX_WAITING = 2
-# What a server must say that syncs each write before it answers.
-FSYNC_SETTINGS = {
-    "appendonly": "yes",
-    "appendfsync": "always",
-    "no-appendfsync-on-rewrite": "no",
-}
 REPEAT_WITHIN_TIMEOUTS = 2
 
 _BARRIER = scripts.script("tenant/barrier")

@@ -43,6 +43,13 @@ class Durability(msgspec.Struct, frozen=True):
         return f"replicated({self.replicas}{waits})"
 
 
+# What a server must say that syncs each write before it answers.
+FSYNC_SETTINGS = {
+    "appendonly": "yes",
+    "appendfsync": "always",
+    "no-appendfsync-on-rewrite": "no",
+}
+
 NONE = Durability("none")
 FSYNC = Durability("fsync")
 

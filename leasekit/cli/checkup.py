@@ -16,6 +16,7 @@ from leasekit import doctor, scripts
 from leasekit.cli.reading import Document
 from leasekit.client import Leasekit, Tenant
 from leasekit.connect import Backend, ServerInfo
+from leasekit.durability import FSYNC_SETTINGS, Durability
 from leasekit.keys import Keys, tenant_parts
 
 __all__ = ["Check", "check_data", "check_server"]
@@ -95,18 +96,68 @@ def check_persistence(persistence: str, facts: Facts) -> Check:
     return Check("persistence", level, f"{persistence}: {what}", advice)
 
 
+def _replicas(facts: Facts) -> tuple[int, int]:
+    """How many replicas are connected, and how many of them are online."""
+    connected = int(facts.get("connected_slaves", "0"))
+    links = [facts.get(f"slave{number}", "") for number in range(connected)]
+    return connected, sum("state=online" in link.split(",") for link in links)
+
+
 def check_replication(facts: Facts) -> Check:
     role = facts.get("role", "master")
-    replicas = int(facts.get("connected_slaves", "0"))
     if role != "master":
         advice = "name the primary in the URL: a replica refuses writes"
-        return Check("durability", "fail", f"this server is a {role}", advice)
-    if replicas:
-        what = (
-            f"{replicas} replicas, which follow asynchronously: a failover can lose what was acked"
-        )
-        return Check("durability", "warn", what, "min-replicas-to-write halves the loss")
-    return Check("durability", "ok", "no replicas: what this one server keeps is what there is")
+        return Check("replication", "fail", f"this server is a {role}", advice)
+    connected, online = _replicas(facts)
+    what = f"a primary with {connected} replicas, {online} of them online"
+    if online < connected:
+        advice = "look at the log of the others: nothing reaches them until they have caught up"
+        return Check("replication", "warn", what, advice)
+    return Check("replication", "ok", what if connected else "no replicas")
+
+
+def check_durability(
+    who: str,
+    durability: Durability,
+    persistence: str,
+    facts: Facts,
+    settings: Mapping[str, str | None],
+) -> Check:
+    """What a class of durability gives here. settings: those of FSYNC_SETTINGS, None = not told."""
+    name = f"durability of the {who}"
+    connected, online = _replicas(facts)
+    if durability.kind == "replicated":
+        return _check_replicated(name, durability, connected, online)
+    if durability.kind == "fsync":
+        wrong = [key for key, wanted in FSYNC_SETTINGS.items() if settings.get(key) != wanted]
+        if wrong:
+            found = ", ".join(f"{key} {settings.get(key) or 'not told'}" for key in wrong)
+            what = f"{durability}, which is not so: {found}"
+            fix = "; ".join(f"CONFIG SET {key} {FSYNC_SETTINGS[key]}" for key in wrong)
+            return Check(name, "fail", what, f"allow this user +config|get, or: {fix}")
+        what = f"{durability}, verified: an answered write is on this server's disk"
+    else:
+        what = f"{durability}: an answered write is where this server keeps it ({persistence})"
+    if not connected:
+        return Check(name, "ok", what)
+    what += f"; {connected} replicas follow behind, and a failover to one can lose it"
+    advice = (
+        f"durability='replicated({connected})' where no answered write may be lost by a failover"
+    )
+    return Check(name, "warn", what, advice)
+
+
+def _check_replicated(name: str, durability: Durability, connected: int, online: int) -> Check:
+    wanted = durability.replicas
+    what = f"{durability}: an answered write has reached {wanted} of the {online} replicas online"
+    if online < wanted:
+        what = f"{durability}, and {online} replicas are online: every write is answered NotDurable"
+        return Check(name, "fail", what, "bring the replicas back, or ask for fewer")
+    if wanted < connected:
+        what += "; a failover may promote one that lacks it"
+        advice = f"replicated({connected}), or let only a replica be promoted that has most"
+        return Check(name, "warn", what, advice)
+    return Check(name, "ok", what)
 
 
 def check_memory(facts: Facts) -> Check:
@@ -184,6 +235,7 @@ async def check_server(kit: Leasekit) -> list[Check]:
     """All checks of the server, in the order in which they are shown."""
     backend = kit.backend
     facts = await _facts(backend)
+    settings = await _settings(backend)
     first_ms = await _offset_ms(kit)
     await asyncio.sleep(DRIFT_SECONDS)
     second_ms = await _offset_ms(kit)
@@ -192,6 +244,10 @@ async def check_server(kit: Leasekit) -> list[Check]:
         *([check_eviction(facts)] if kit.server.name != "memory" else []),
         check_persistence(kit.server.persistence, facts),
         check_replication(facts),
+        *(
+            check_durability(who, durability, kit.server.persistence, facts, settings)
+            for who, durability in (("client", kit.durability), ("gate", kit.gate_durability))
+        ),
         check_memory(facts),
         check_clock(second_ms, second_ms - first_ms),
         check_scripts(await _loaded(backend)),
@@ -209,6 +265,16 @@ async def _facts(backend: Backend) -> dict[str, str]:
     return facts
 
 
+async def _settings(backend: Backend) -> dict[str, str | None]:
+    """The settings that `fsync` depends on, as they are now; None for what this user may not see."""
+    found: dict[str, str | None] = {}
+    for name in FSYNC_SETTINGS:
+        reply = await backend.ask("CONFIG", "GET", name)
+        value = reply.get(name.encode()) if isinstance(reply, dict) else None
+        found[name] = value.decode() if value is not None else None
+    return found
+
+
 async def _offset_ms(kit: Leasekit) -> float:
     """Server's clock less the local one, taken at the middle of the question."""
     before_s = time.time()
@@ -223,8 +289,8 @@ async def _loaded(backend: Backend) -> dict[str, bool]:
     return {name: bool(is_there) for name, is_there in zip(names, answers, strict=True)}
 
 
-def _needed(prefix: str) -> Sequence[tuple[str, ...]]:
-    """The commands that leasekit cannot do without, as they would be sent."""
+def _needed(prefix: str, *, waits: bool) -> Sequence[tuple[str, ...]]:
+    """The commands that leasekit cannot do without, as they would be sent; `waits`: for replicas."""
     keys, sha = Keys(prefix, TENANT_NEVER), next(iter(scripts.read_scripts().values())).sha
     return (
         ("evalsha", sha(shebang=True), "1", keys.fence),
@@ -235,6 +301,7 @@ def _needed(prefix: str) -> Sequence[tuple[str, ...]]:
         ("time",),
         ("client", "id"),
         ("client", "kill", "id", "1"),
+        *([("wait", "1", "1")] if waits else []),
     )
 
 
@@ -245,7 +312,8 @@ async def _refused(kit: Leasekit) -> list[str] | None:
     if user is None:
         return None
     refused = []
-    for command in _needed(kit.prefix):
+    waits = "replicated" in (kit.durability.kind, kit.gate_durability.kind)
+    for command in _needed(kit.prefix, waits=waits):
         answer = await backend.ask("ACL", "DRYRUN", user, *command)
         if answer is None:
             return None

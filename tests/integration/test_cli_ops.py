@@ -628,7 +628,11 @@ def test_each_check_knows_good_from_bad() -> None:
         (checkup.check_persistence("none", {}), "warn"),
         (checkup.check_persistence("aof:always", {"aof_last_write_status": "err"}), "fail"),
         (checkup.check_replication({"role": "master", "connected_slaves": "0"}), "ok"),
-        (checkup.check_replication({"role": "master", "connected_slaves": "2"}), "warn"),
+        (checkup.check_replication({"connected_slaves": "1", "slave0": "state=online"}), "ok"),
+        (
+            checkup.check_replication({"connected_slaves": "1", "slave0": "state=wait_bgsave"}),
+            "warn",
+        ),
         (checkup.check_replication({"role": "slave"}), "fail"),
         (checkup.check_memory({"used_memory": "1000", "maxmemory": gib}), "ok"),
         (checkup.check_memory({"used_memory": str(2**30 * 85 // 100), "maxmemory": gib}), "warn"),
