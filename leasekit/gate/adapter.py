@@ -6,7 +6,7 @@ Source: design 8; spec/reliability 3.8; evidence/ecosystem 3.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from leasekit.errors import Conflict, InvalidInput
@@ -17,6 +17,7 @@ from leasekit.gate.identity import ToolDescriptor
 if TYPE_CHECKING:
     from leasekit.durability import Durability
     from leasekit.gate.gate import Gate
+    from leasekit.gate.permit import Permit
     from leasekit.policy import OnExpiry
 
 __all__ = ["GuardedTool"]
@@ -39,6 +40,7 @@ class GuardedTool:
         canonical_tool: str | None,
         descriptor: ToolDescriptor | None,
         external_side_effect: bool,
+        scope_allowlist: Sequence[str],
         on_expiry: OnExpiry | None,
         durability: Durability | str | None,
         lease_ms: int | None,
@@ -51,6 +53,7 @@ class GuardedTool:
             tool, canonical_tool=canonical_tool, descriptor=descriptor
         )
         self._external_side_effect = external_side_effect
+        self._scope_allowlist = list(scope_allowlist)
         self._on_expiry = on_expiry
         self._durability = durability
         self._lease_ms = lease_ms
@@ -71,6 +74,7 @@ class GuardedTool:
             canonical_tool=self._canonical_tool,
             args=arguments,
             source=source,
+            scope_allowlist=self._scope_allowlist,
             payload_digest=digest,
             external_side_effect=self._external_side_effect,
             risk_tier=self._risk_tier,
@@ -82,11 +86,19 @@ class GuardedTool:
         The function gets the arguments, and the permit where it takes one: by it, it may say `failed`
         or `not_sent`, and then its return value is given to this caller alone. What it returns is the
         result, a JSON value. An exception of it leaves the intent unknown, unless it said otherwise.
-        Raises what `Gate.prepare` raises.
+        Raises what `Gate.prepare` raises, and InvalidInput for a tool outside of the allow-list.
         """
         if "permit" in arguments:
             raise InvalidInput("an argument cannot be called permit", field="permit")
+        name = self._canonical_tool or self._tool
+        if not identity.scope_allows(self._scope_allowlist, name):
+            raise InvalidInput(
+                f"ToolDenied {{ reason: ScopeAllowlist }}: {name} is not among the tools that this "
+                "caller may use: nothing was granted and nothing was run",
+                field="scope_allowlist",
+            )
         event = self.event(source, arguments, key)
+        permit: Permit | None = None
         try:
             async with self._gate.dispatch(
                 event,
@@ -101,7 +113,8 @@ class GuardedTool:
                     await permit.sent(result)
                 return result
         except Conflict as refused:
-            if refused.status != "sent" or refused.id is None:
+            # With a permit it is none of this gate's: the function raised it.
+            if permit is not None or refused.status != "sent" or refused.id is None:
                 raise
             intent = await self._gate.get(refused.id)
             if intent is None:

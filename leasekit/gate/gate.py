@@ -230,7 +230,11 @@ class Gate:
             scope.undo_late(future, undo)
             raise
         scope.shared.datasets[scope.tag] = name
-        if receipt.deadline_s <= local_clock_s() and scope.settings.clock == "server":
+        if now_ms is None:
+            is_over = receipt.deadline_s <= local_clock_s()
+        else:
+            is_over = receipt.lease_expires_at_ms <= now_ms
+        if is_over:
             self._withdraw(coalescer, id, token, now_ms)
             raise LeaseLost(
                 f"the grant of {id} came after its lease was over: do not send; it was withdrawn "
@@ -272,6 +276,9 @@ class Gate:
         id, key, token, durability = context
         word = word_of(item)
         if word != "granted":
+            if word != "data_lost" and (name := reply.head[1]):
+                # Whoever was told of an intent knows its data as well, and must notice its loss.
+                self._scope.shared.datasets[self._scope.tag] = name.decode()
             return self._refusal(word, item, id)
         _, fence, claimed_at, lease_end, attempts, _ = item
         receipt = Receipt(
@@ -310,16 +317,22 @@ class Gate:
                     tenant=tag,
                     id=id,
                 )
+            if status == "dead_lettered":
+                next_step = (
+                    "its destination could not tell whether it was sent; an operator decides "
+                    "(leasekit resolve)"
+                )
+            else:
+                next_step = "what became of it is final, use another key for another effect"
             return Conflict(
-                f"{what}: nothing was granted; what became of it is final, use another key for "
-                "another effect",
+                f"{what}: nothing was granted; {next_step}",
                 tenant=tag,
                 id=id,
                 status=status,
             )
         if word == "data_lost":
             return Unavailable(
-                f"data lost: tenant {tag} is not the data that this process was granted intents in "
+                f"data lost: tenant {tag} is not the data that this process knew "
                 f"(`{self._scope.shared.datasets.get(tag)}`): the server was emptied, restored or "
                 "swapped, so that what was sent before may be forgotten; nothing was granted; "
                 "restore the data, or have an operator open the gate (leasekit gate open)",
@@ -481,6 +494,7 @@ class Gate:
         canonical_tool: str | None = None,
         descriptor: ToolDescriptor | None = None,
         external_side_effect: bool = True,
+        scope_allowlist: Sequence[str] = (),
         on_expiry: OnExpiry | None = None,
         durability: Durability | str | None = None,
         lease_ms: int | None = None,
@@ -488,7 +502,8 @@ class Gate:
         """An async callable that goes through this gate: `await guarded(source, **arguments)`.
 
         The risk tier is the descriptor's, else it is inferred from the tool's name (spec 3.8); what has
-        none is gated by external_side_effect. See GuardedTool.
+        none is gated by external_side_effect. scope_allowlist: the tools that the caller may use; empty =
+        all, `*` at the end of a name = whatever begins so. See GuardedTool.
         """
         return GuardedTool(
             self,
@@ -497,6 +512,7 @@ class Gate:
             canonical_tool=canonical_tool,
             descriptor=descriptor,
             external_side_effect=external_side_effect,
+            scope_allowlist=scope_allowlist,
             on_expiry=on_expiry,
             durability=durability,
             lease_ms=lease_ms,
@@ -621,8 +637,7 @@ class Gate:
             raise InvalidInput("verdict must be 'sent', 'failed' or 'not_sent'", field="verdict")
         codec.check_text(id, "id")
         codec.check_text(actor, "actor")
-        if not isinstance(reason, str) or not reason.strip():
-            raise InvalidInput("reason is required: say why", field="reason")
+        codec.check_text(reason, "reason", bytes_max=codec.ERROR_TEXT_MAX)
         scope = self._scope
         now = scope.now_argument(now_ms)
         if revision is None:
@@ -655,8 +670,7 @@ class Gate:
         """
         codec.check_token(lost, "lost")
         codec.check_text(actor, "actor")
-        if not isinstance(reason, str) or not reason.strip():
-            raise InvalidInput("reason is required: say why", field="reason")
+        codec.check_text(reason, "reason", bytes_max=codec.ERROR_TEXT_MAX)
         scope = self._scope
         now = scope.now_argument(now_ms)
         if scope.must_register:
@@ -701,7 +715,7 @@ class Gate:
 
         A page looks at no more than 1 000 intents; a filtered one may be short and go on.
         """
-        wanted = "" if status is None else IntentStatus(status).value
+        wanted = _status_word(status)
         if run_id is None:
             return await self._list("updated", wanted, True, limit, cursor, now_ms)
         codec.check_text(run_id, "run_id")
@@ -756,6 +770,17 @@ class Gate:
             "keep_ms": self._policy.keep_ms,
         }
         return self._scope.bind(one, given)
+
+
+def _status_word(status: IntentStatus | str | None) -> str:
+    if status is None:
+        return ""
+    try:
+        return IntentStatus(status).value
+    except ValueError:
+        raise InvalidInput(
+            f"status must be one of {', '.join(IntentStatus)}", field="status"
+        ) from None
 
 
 def _read_page(replies: Sequence[Any], now: int) -> list[Intent]:

@@ -42,7 +42,6 @@ __all__ = [
     "sanitise_args",
     "scope_allows",
     "target_of",
-    "tenant_mismatch",
 ]
 
 TIERS_ALL = (
@@ -188,17 +187,6 @@ def same_tenant(one: TenantContext, other: TenantContext) -> bool:
         other.workspace_id,
         other.deployment_id,
     )
-
-
-def tenant_mismatch(context: TenantContext, claimed: TenantContext | None) -> bool:
-    """Whether an event claims a tenant, or an actor, that is not the one it is prepared in.
-
-    None claims nothing. Actors differ only where both are known (spec/reliability 3.8).
-    """
-    if claimed is None:
-        return False
-    actors = {context.actor_id, claimed.actor_id} - {None}
-    return not same_tenant(context, claimed) or len(actors) > 1
 
 
 # --- ids and digests ------------------------------------------------------------------------------

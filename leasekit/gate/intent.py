@@ -128,11 +128,14 @@ def note_of(
     actor: str | None = None,
     reason: str | None = None,
 ) -> bytes:
-    """The JSON of a fact, <= 64 KiB. An error text is cut; a result that is too large is refused."""
+    """The JSON of a fact, <= 64 KiB. Error and reason are cut; a result that is too large is refused."""
     if result is not None:
         codec.canonical_json(result, "result", bytes_max=NOTE_BYTES_MAX - 32 * codec.ERROR_TEXT_MAX)
-    text = None if error is None else msgspec.json.decode(codec.error_text(error), type=str)
-    return msgspec.json.encode(_Note(text, result, actor, reason))
+    return msgspec.json.encode(_Note(_cut(error), result, actor, _cut(reason)))
+
+
+def _cut(text: object) -> str | None:
+    return None if text is None else msgspec.json.decode(codec.error_text(text), type=str)
 
 
 def read_intent(identity: str, doc: bytes, line: bytes, facts: bytes, now: int) -> Intent:

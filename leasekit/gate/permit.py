@@ -74,33 +74,51 @@ class Permit:
             if self.lost.is_set() or left_s <= needs_s:
                 raise LeaseLost(
                     f"too little is left of the lease of {self.id} ({max(left_s, 0):.3f} s): do not "
-                    "send; nothing was begun, and it is cancelled; dispatch it again",
+                    "send; nothing was begun, and it is cancelled on the way out; dispatch it again",
                     id=self.id,
                 )
         self.has_begun = True
 
-    def sent(self, result: Any = None) -> asyncio.Task[None]:
+    def sent(self, result: Any = None) -> asyncio.Future[None]:
         """The call was made, and worked. result: a JSON value <= 56 KiB, kept and given to whoever
-        asks for the outcome. Recorded also where nobody awaits it; awaiting it tells whether it was.
+        asks for the outcome; InvalidInput for one that cannot be kept, and the word counts without
+        it. Recorded also where nobody awaits it, or who does is cancelled; awaiting it tells whether
+        it was. From now on the lease is not renewed any more, and cannot be lost.
         """
-        return self._say("succeeded", note_of(result=result))
+        return self._say("succeeded", None, result)
 
-    def failed(self, error: object, *, result: Any = None) -> asyncio.Task[None]:
+    def failed(self, error: object, *, result: Any = None) -> asyncio.Future[None]:
         """The call was made, and the destination refused it for good: its key is never used again."""
-        return self._say("failed", note_of(error=error, result=result))
+        return self._say("failed", error, result)
 
-    def not_sent(self, reason: object = None) -> asyncio.Task[None]:
+    def not_sent(self, reason: object = None) -> asyncio.Future[None]:
         """The call did certainly not reach the destination: the intent may be granted again."""
-        return self._say("blocked", note_of(error=reason))
+        return self._say("blocked", reason, None)
 
-    def _say(self, result: str, note: bytes) -> asyncio.Task[None]:
+    def _say(self, word: str, error: object, result: Any) -> asyncio.Future[None]:
         if self._said is not None:
             raise InvalidInput(
                 "this permit was spoken of already: one word a grant", field="permit"
             )
         self.has_begun = True
-        self._said = asyncio.create_task(self._record(result, note))
-        return self._said
+        refused: InvalidInput | None = None
+        try:
+            note = note_of(error=error, result=result)
+        except InvalidInput as problem:
+            refused, note = problem, note_of(error=error, reason=f"not kept: {problem}")
+        if self._upkeep is not None:
+            self._upkeep.rest()
+        self._said = asyncio.create_task(self._record(word, note))
+        if refused is not None:
+            raise InvalidInput(
+                f"{refused}: the word `{word}` is being recorded without it; do not send again",
+                field=refused.field,
+                limit=refused.limit,
+            )
+        # Shielded: whoever is cancelled while awaiting it must not keep it from being recorded.
+        told = asyncio.shield(self._said)
+        told.add_done_callback(lambda future: future.cancelled() or future.exception())
+        return told
 
     async def _record(self, result: str, note: bytes) -> None:
         receipt = self.receipt
@@ -109,10 +127,17 @@ class Permit:
         completed = await self._gate._complete(
             receipt.outbox_id, receipt.token, result, note, receipt.durability
         )
-        if completed in ("lost", "missing"):
+        if completed == "missing":
             raise LeaseLost(
-                f"what became of {self.id} was noted, but the intent is not this sender's any more "
-                f"({completed}): another sender may have been granted it since; compare what both did",
+                f"what became of {self.id} could not be noted, because nothing is known of it here any "
+                f"more: the server lost data, or forgot it; `{result}` is true all the same, so do not "
+                "send it again",
+                id=self.id,
+            )
+        if completed == "lost":
+            raise LeaseLost(
+                f"what became of {self.id} was noted, but the intent is not this sender's any more: "
+                "another sender may have been granted it since; compare what both did",
                 id=self.id,
             )
 
@@ -184,26 +209,28 @@ class Dispatch(AbstractAsyncContextManager[Permit]):
         is_ours = permit._upkeep.stop()
         was_lost = permit.lost.is_set() and is_ours
         recording = permit._said or asyncio.create_task(self._leave(permit, error))
+        left: str | None = None
         try:
             # Shielded: whoever cancels the way out must not keep it from being recorded.
-            await asyncio.shield(recording)
+            left = await asyncio.shield(recording)
         except LeasekitError as failure:
             if error is None:
                 raise
-            error.add_note(f"leasekit: {failure}")
+            if failure is not error:
+                error.add_note(f"leasekit: {failure}")
         except asyncio.CancelledError:
             recording.add_done_callback(lambda task: task.cancelled() or task.exception())
             raise
         if was_lost and (error is None or isinstance(error, asyncio.CancelledError)):
             if permit._said is not None and error is None:
-                return  # It was lost after its outcome was recorded under its own token.
-            raise self._lost(permit) from error
+                return  # What became of it is recorded under its own token.
+            raise self._lost(permit, left) from error
 
-    async def _leave(self, permit: Permit, error: BaseException | None) -> None:
-        """Record a body that ended without a word."""
+    async def _leave(self, permit: Permit, error: BaseException | None) -> str | None:
+        """Record a body that ended without a word; gives what became of that record."""
         receipt = permit.receipt
         if receipt is None:
-            return
+            return None
         why = type(error).__name__ if error is not None else "left without a word"
         if permit.has_begun:
             _logger.warning(
@@ -212,18 +239,32 @@ class Dispatch(AbstractAsyncContextManager[Permit]):
             result, note = "left", note_of(error=why)
         else:
             result, note = "blocked", note_of(reason="left before it was begun")
-        await self._gate._complete(
+        return await self._gate._complete(
             receipt.outbox_id, receipt.token, result, note, receipt.durability
         )
 
-    def _lost(self, permit: Permit) -> LeaseLost:
-        if permit.has_begun:
+    def _lost(self, permit: Permit, left: str | None) -> LeaseLost:
+        if permit.has_spoken:
+            state = (
+                "what became of the call was said all the same; see the intent, do not send again"
+            )
+        elif permit.has_begun and left == "recorded" and self._on_expiry == "park":
             state = (
                 "whether the call arrived is not known, and it is recorded so; reconcile asks the "
                 "destination"
             )
-        else:
+        elif permit.has_begun:
+            state = (
+                "whether the call arrived is not known, and another sender may be granted the intent; "
+                "see what it says before you send again"
+            )
+        elif left == "recorded":
             state = "the call was not begun, and it is cancelled; dispatch it again"
+        else:
+            state = (
+                "the call was not begun, and the intent is not this sender's any more; see what it "
+                "says before you send"
+            )
         return LeaseLost(
             f"the lease of {permit.id} was lost while its body ran: {state}", id=permit.id
         )

@@ -235,10 +235,7 @@ class Reconciler:
             scope.tag,
             (scope.now_argument(self._now_ms),),
             self._bind,
-            (
-                *(intent.outbox_id, token, revision, verdict.word),
-                note_of(result=verdict.result, reason=verdict.reason),
-            ),
+            (intent.outbox_id, token, revision, verdict.word, _note_of(verdict)),
             _read_recorded,
         )
         if recorded is None:
@@ -250,12 +247,13 @@ class Reconciler:
 
     async def _put(self, question: Question, callback: Callback) -> Verdict:
         """The callback's verdict; undecidable where it fails, takes too long or gives no verdict."""
+        in_time = asyncio.timeout(self._lease_ms / 1_000)
         try:
-            async with asyncio.timeout(self._lease_ms / 1_000):
+            async with in_time:
                 verdict = await callback(question)
-        except TimeoutError:
-            return undecidable(f"no answer within {self._lease_ms} ms")
         except Exception as error:  # A destination that fails is one that cannot tell.
+            if in_time.expired():
+                return undecidable(f"no answer within {self._lease_ms} ms")
             return undecidable(f"the question failed: {type(error).__name__}: {error}")
         if not isinstance(verdict, Verdict):
             return undecidable(f"the callback gave {type(verdict).__name__}, which is no verdict")
@@ -274,6 +272,14 @@ class Reconciler:
                 "most_ms": self._backoff_ms[1],
             },
         )
+
+
+def _note_of(verdict: Verdict) -> bytes:
+    """A verdict counts also where what the destination gave back cannot be kept."""
+    try:
+        return note_of(result=verdict.result, reason=verdict.reason)
+    except InvalidInput as refused:
+        return note_of(reason=f"applied; what came back was not kept: {refused}")
 
 
 def _read_recorded(item: Any, context: None, reply: Reply) -> str | None:

@@ -16,7 +16,7 @@ README = Path(__file__).parents[2] / "README.md"
 def printed(number: int, server: Server, tenant_name: str) -> list[str]:
     """The lines that an example prints, run as it stands but for the tenant's name."""
     examples = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     example = examples[number]
     own_tenant = example.replace('"production"', f'"{tenant_name}"')
 
@@ -48,3 +48,10 @@ def test_example_runs_as_printed(real_server: Server, tenant_name: str) -> None:
     assert lines[1] == "acked"
     assert lines[2].startswith("alone, under fence ")
     assert lines[3:] == ["{'receipt': 'r-1'}", "{'receipt': 'r-1'}"]
+
+
+def test_the_gates_example_runs_as_printed(real_server: Server, tenant_name: str) -> None:
+    """What was sent is refused, and a guarded tool gives its first result back."""
+    lines = printed(2, real_server, tenant_name)
+
+    assert lines == ["sent", "{'receipt': 'r-8'}", "{'receipt': 'r-8'}"]

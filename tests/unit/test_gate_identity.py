@@ -36,7 +36,6 @@ from leasekit.gate.identity import (
     sanitise_args,
     scope_allows,
     target_of,
-    tenant_mismatch,
 )
 from leasekit.model import TenantContext
 
@@ -281,29 +280,23 @@ def test_an_allow_list_names_tools(allowlist: list[str], tool: str, is_allowed: 
 
 
 @pytest.mark.parametrize(
-    ("other", "is_same", "is_mismatch"),
+    ("other", "is_same"),
     [
-        (TenantContext("o", "w", "d", "a"), True, False),
-        (TenantContext("o", "w", "d"), True, False),
-        (TenantContext("o", "w", "d", "b"), True, True),
-        (TenantContext("x", "w", "d", "a"), False, True),
-        (TenantContext("o", "x", "d", "a"), False, True),
-        (TenantContext("o", "w", "x", "a"), False, True),
-        (TenantContext("o", "w", None, "a"), False, True),
-        (TenantContext("O", "w", "d", "a"), False, True),
-        (TenantContext("w", "o", "d", "a"), False, True),
+        (TenantContext("o", "w", "d", "a"), True),
+        (TenantContext("o", "w", "d"), True),
+        (TenantContext("o", "w", "d", "b"), True),
+        (TenantContext("x", "w", "d", "a"), False),
+        (TenantContext("o", "x", "d", "a"), False),
+        (TenantContext("o", "w", "x", "a"), False),
+        (TenantContext("o", "w", None, "a"), False),
+        (TenantContext("O", "w", "d", "a"), False),
+        (TenantContext("w", "o", "d", "a"), False),
     ],
 )
-def test_tenants_compare_exactly(other: TenantContext, is_same: bool, is_mismatch: bool) -> None:
-    """Org, workspace and deployment; actors only where both are known and a mismatch is asked for."""
+def test_tenants_compare_exactly(other: TenantContext, is_same: bool) -> None:
+    """By org, workspace and deployment; the actor never counts."""
     own = TenantContext("o", "w", "d", "a")
     assert same_tenant(own, other) is same_tenant(other, own) is is_same
-    assert tenant_mismatch(own, other) is tenant_mismatch(other, own) is is_mismatch
-
-
-def test_an_event_without_a_tenant_is_its_gates() -> None:
-    """It claims no tenant, so none can be wrong."""
-    assert tenant_mismatch(TENANT, None) is False
 
 
 # --- ids and digests ------------------------------------------------------------------------------
