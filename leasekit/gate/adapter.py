@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GuardedTool"]
 
+DENIED = "ToolDenied { reason: ScopeAllowlist }"  # the word of spec/reliability 3.8
+
 
 class GuardedTool:
     """A tool whose calls are granted once: `await tool(source, **arguments)`.
@@ -93,7 +95,7 @@ class GuardedTool:
         name = self._canonical_tool or self._tool
         if not identity.scope_allows(self._scope_allowlist, name):
             raise InvalidInput(
-                f"ToolDenied {{ reason: ScopeAllowlist }}: {name} is not among the tools that this "
+                f"{DENIED}: {name} is not among the tools that this "
                 "caller may use: nothing was granted and nothing was run",
                 field="scope_allowlist",
             )
