@@ -376,7 +376,7 @@ class Gate:
         With the receipt it counts as long as nobody else was granted the intent, also after the
         lease; sent outweighs failed, failed cancelled, cancelled unknown. Without one, any event with
         this dispatch id counts (spec/reliability 3.6): succeeded and failed always, blocked only for
-        a first attempt that does not park. result: a JSON value <= 56 KiB that came back.
+        a first attempt that does not park. result: a JSON value <= 52 KiB that came back.
         Events that complete nothing are `skipped`, and nothing is sent.
         """
         check_event(event)

@@ -18,7 +18,7 @@ from leasekit import codec
 __all__ = ["Fact", "Intent", "IntentStatus", "note_of", "read_intent"]
 
 CLAIMED_BY = "tool-dispatch-ledger"
-NOTE_BYTES_MAX = 64 * 1024
+RESULT_BYTES_MAX = 52 * 1024  # Beside it there is room for the longest error, escaped to its last letter.
 
 _COMPLETIONS = frozenset({"succeeded", "failed", "blocked"})
 
@@ -130,7 +130,7 @@ def note_of(
 ) -> bytes:
     """The JSON of a fact, <= 64 KiB. Error and reason are cut; a result that is too large is refused."""
     if result is not None:
-        codec.canonical_json(result, "result", bytes_max=NOTE_BYTES_MAX - 32 * codec.ERROR_TEXT_MAX)
+        codec.canonical_json(result, "result", bytes_max=RESULT_BYTES_MAX)
     return msgspec.json.encode(_Note(_cut(error), result, actor, _cut(reason)))
 
 

@@ -63,7 +63,7 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 def applied(result: Any = None) -> Verdict:
-    """The effect is there. result: a JSON value <= 56 KiB that the destination gave back."""
+    """The effect is there. result: a JSON value <= 52 KiB that the destination gave back."""
     return Verdict("applied", result)
 
 
