@@ -18,7 +18,7 @@ from leasekit import codec
 __all__ = ["Fact", "Intent", "IntentStatus", "note_of", "read_intent"]
 
 CLAIMED_BY = "tool-dispatch-ledger"
-RESULT_BYTES_MAX = 52 * 1024  # Beside it there is room for the longest error, escaped to its last letter.
+RESULT_BYTES_MAX = 52 * 1024  # Leaves room for the longest error text, every letter escaped.
 
 _COMPLETIONS = frozenset({"succeeded", "failed", "blocked"})
 

@@ -33,7 +33,7 @@ for i = 1, count do
 end
 local rows = read_intents(state, ids)
 
-local reply, moved, lines, ends = { now }, {}, {}, {}
+local reply, held, lines, ends = { now }, {}, {}, {}
 for i = 1, count do
   local row, token = rows[ids[i]], ARGV[FIXED + (i - 1) * WIDTH + 2]
   if row and row ~= "damaged" and row.status == "claimed" and row.token == token
@@ -41,9 +41,9 @@ for i = 1, count do
     row.lease_end = math.max(row.lease_end, now + lengths[i])
     reply[i + 1] = { "extended", row.lease_end }
     local n = #lines
+    held[#held + 1] = row.id
     lines[n + 1], lines[n + 2] = row.id, intent_line(row)
     if row.on_expiry == "park" then
-      moved[#moved + 1] = row.id
       n = #ends
       ends[n + 1], ends[n + 2] = integer(row.lease_end), row.id
     end
@@ -52,7 +52,8 @@ for i = 1, count do
   end
 end
 
-write("ZREM", expiring, moved)
-write("ZADD", expiring, ends)
+-- Deletes first: so that it passes when memory is full, before Redis 7 as well.
+write("HDEL", state, held)
 write("HSET", state, lines)
+write("ZADD", expiring, ends)
 return reply

@@ -46,6 +46,7 @@ for i = 1, count do
     reply[i + 1] = "opened"
     if not string.find(stored, "\n" .. lost .. " ", 1, true) then
       openings[#openings + 1] = lost .. " " .. integer(now) .. " " .. note
+      stored = stored .. "\n" .. openings[#openings]
     end
   end
 end
