@@ -55,6 +55,11 @@ class Upkeep:
         self._cancels_before = self._body.cancelling() if self._body else 0
         self._renewing = asyncio.create_task(self._renew())
 
+    def rest(self) -> None:
+        """What the lease protected is over: renew it no more, and let the body go on without it."""
+        if self._renewing is not None:
+            self._renewing.cancel()
+
     def stop(self) -> bool:
         """The body is over. False if it was cancelled by somebody else as well, as by a loss."""
         if self._renewing is not None:

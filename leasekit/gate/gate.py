@@ -193,6 +193,7 @@ class Gate:
         length = self._policy.lease_ms if lease_ms is None else lease_ms
         codec.check_whole(length, "lease_ms", 1, codec.LEASE_MS_MAX)
         owner = OWNER if owner is None else codec.check_text(owner, "owner")
+        is_nobodys = token is None
         token = codec.new_token() if token is None else codec.check_token(token)
         now = scope.now_argument(now_ms)
         wanted = self._policy.durability if durability is None else durability
@@ -235,10 +236,14 @@ class Gate:
         else:
             is_over = receipt.lease_expires_at_ms <= now_ms
         if is_over:
-            self._withdraw(coalescer, id, token, now_ms)
+            # Whoever brings a token may have used its grant before: what parks stays unknown.
+            if is_nobodys:
+                self._withdraw(coalescer, id, token, now_ms)
+                state = "it was withdrawn where nobody else has it; prepare again, with a longer lease_ms"
+            else:
+                state = "nothing was withdrawn; see what the intent says before you prepare again"
             raise LeaseLost(
-                f"the grant of {id} came after its lease was over: do not send; it was withdrawn "
-                "where nobody else has it; prepare again, with a longer lease_ms",
+                f"the grant of {id} came after its lease was over: do not send; {state}",
                 tenant=scope.tag,
                 id=id,
             )

@@ -80,7 +80,7 @@ class Permit:
         self.has_begun = True
 
     def sent(self, result: Any = None) -> asyncio.Future[None]:
-        """The call was made, and worked. result: a JSON value <= 56 KiB, kept and given to whoever
+        """The call was made, and worked. result: a JSON value <= 52 KiB, kept and given to whoever
         asks for the outcome; InvalidInput for one that cannot be kept, and the word counts without
         it. Recorded also where nobody awaits it, or who does is cancelled; awaiting it tells whether
         it was. From now on the lease is not renewed any more, and cannot be lost.
@@ -174,9 +174,9 @@ class Dispatch(AbstractAsyncContextManager[Permit]):
                 lease_ms=self._lease_ms,
                 owner=self._owner,
             )
-        except OutcomeUnknown as error:
-            if error.id is None:
-                # The request was lost on the way: it may have been granted, and nobody will use it.
+        except (OutcomeUnknown, LeaseLost) as error:
+            if error.id is None or isinstance(error, LeaseLost):
+                # Lost on the way, or too late: it may have been granted, and nobody will use it.
                 with suppress(LeasekitError):
                     await gate._withdraw_lost(self._event, token, self._durability)
             raise
@@ -208,7 +208,9 @@ class Dispatch(AbstractAsyncContextManager[Permit]):
             return
         is_ours = permit._upkeep.stop()
         was_lost = permit.lost.is_set() and is_ours
-        recording = permit._said or asyncio.create_task(self._leave(permit, error))
+        recording: asyncio.Task[Any] = permit._said or asyncio.create_task(
+            self._leave(permit, error)
+        )
         left: str | None = None
         try:
             # Shielded: whoever cancels the way out must not keep it from being recorded.

@@ -79,8 +79,9 @@ for i = 1, count do
     local is_own = token ~= "" and row.token == token
     local answer, applies
     if is_own then
-      applies = RANK[wanted] > RANK[row.status]
-      answer = (applies or wanted == status) and "recorded" or "kept"
+      local is_again = result == "left" and row.cause == "left"
+      applies = RANK[wanted] > RANK[row.status] and not is_again
+      answer = (applies or is_again or wanted == status) and "recorded" or "kept"
     elseif token ~= "" then
       answer = "lost"
     elseif result == "blocked" then
@@ -125,7 +126,7 @@ end
 local gone, gone_runs = {}, {}
 for i = 1, #over do
   local row = over_rows[over[i]]
-  if not (rows[over[i]] and rows[over[i]].is_changed) then
+  if not rows[over[i]] then
     gone[#gone + 1] = over[i]
     if row and row ~= "damaged" and row.run ~= "~" then
       gone_runs[#gone_runs + 1] = run_member(row, row.updated_at)
