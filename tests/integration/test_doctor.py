@@ -17,6 +17,8 @@ from servers import Server, dump
 import leasekit
 from leasekit import Leasekit, Retention, Tenant, doctor
 from leasekit.cli import app, checkup
+from leasekit.doctor.outbox import OutboxSweep
+from leasekit.doctor.pages import Pace
 from leasekit.errors import Conflict, OutcomeUnknown
 from leasekit.keys import Keys
 
@@ -213,14 +215,14 @@ async def test_a_wrong_sum_is_found_while_others_write(
     ward: Ward, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where counters move, the line's length still tells."""
-    stamp = doctor._Sweep._stamp
+    stamp = OutboxSweep._stamp
     marks = iter(range(100))
 
     async def moving(self: Any) -> Any:
         tally, _ = await stamp(self)
         return tally, str(next(marks)).encode()
 
-    monkeypatch.setattr(doctor._Sweep, "_stamp", moving)
+    monkeypatch.setattr(OutboxSweep, "_stamp", moving)
     assert await found(ward) == []
     ward.raw.hincrby(ward.keys.outbox_tally, "claimed:l:t", 3)
     assert await found(ward) == [("wrong_tally", "outbox:tally", "pending:l:t")]
@@ -443,7 +445,7 @@ async def test_pages_stay_small_where_documents_are_large(ward: Ward) -> None:
     """Large documents are read few at a time, and all of them are looked at."""
     for _ in range(40):
         await ward.tenant.outbox.enqueue("big", "t", "x" * 200_000)
-    pace = doctor._Pace()
+    pace = Pace()
     for size_bytes, count in ((100, 32), (2_000_000, 16), (2_000_000, 8), (500_000, 8)):
         pace.learn(size_bytes)
         assert pace.count == count

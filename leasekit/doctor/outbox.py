@@ -1,46 +1,35 @@
-"""What must hold in a tenant's data, and a sweep that finds where it does not. It writes nothing.
+"""The outbox: rows, the lists they stand in, what speaks of them, and the counters.
 
-A sweep goes page by page while others write, so a page may be blurred: a row can be claimed between
-two reads. Therefore a page only raises suspicion. Each suspect is looked at again, alone and at one
-moment (`Backend.look`), and judged by the same pure function; what is still wrong then is damage.
 Counters are compared only if nothing moved while they were recounted, which they themselves tell:
 a row can come back to where it was only through a claim, which raises the fence.
-
-Every call is bounded: pages grow while documents are small and shrink when they are large. The
-judges (`judge_...`) are pure functions over what a look found.
-
-Source: lua/PROTOCOL.md, "Keys" and "Outbox"; tests/lua/commands.py, `invariants`.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import msgspec
 
-from leasekit.connect import Backend
-from leasekit.keys import Keys, key_pattern, route_parts, tenant_of_key
+from leasekit.doctor.finding import Finding, Problem
+from leasekit.doctor.pages import LOOKS_MAX, Pages
+from leasekit.keys import route_parts
 
 __all__ = [
-    "Finding",
-    "Problem",
+    "OutboxSweep",
     "RowLook",
-    "judge_lease",
-    "judge_record",
+    "is_route",
+    "judge_claim",
+    "judge_dedupe",
+    "judge_named_row",
     "judge_row",
-    "scan_keys",
-    "sweep",
+    "judge_tally",
+    "read_state",
+    "route_of_header",
 ]
 
-PAGE_FIRST = 16
-PAGE_MOST = 500
-PAGE_BYTES_LOW = 256 * 1024
-PAGE_BYTES_HIGH = 1024 * 1024
-SCAN_COUNT = 1_000
-LOOKS_MAX = 3
 TOKEN_LENGTH = 22
 
 STATUS_LIST = {
@@ -54,83 +43,11 @@ STATUS_LIST = {
 LISTS = ("due", "done", "dead", "unknown")
 EVER_COUNTED = ("sent", "cancelled")
 
-_HASHES = ("docs", "state", "errors", "tally", "dedupe", "claims")
 _HEADER = re.compile(rb"(\d+) (\d+) (\d+) (reclaim|park) (\S+:\S+) \S+ \S+(?=\n|\Z)")
 _STATE = re.compile(
     rb"(\w+) (\w+) (\S+) (\d+) (\d+) (\d+) (\d+) (\d+) (\d+) (.*)\Z",
     re.DOTALL,
 )
-_LEASE = re.compile(rb"(held|released) (\S+) (\d+) (\d+) (\d+) (.*)\Z", re.DOTALL)
-_RECORD = re.compile(
-    rb"(reserved|completed|conflicted|released) (\S+) \d+ \d+ \d+ \d+ \d+ (?:reclaim|park) \S+\n"
-    rb"[^\n]*\n[^\n]*\n",
-)
-
-_LEAVE = "leave it until the writers of this tenant have stopped; then "
-ADVICE = {
-    "unreadable_document": "keep a copy (HGET); nobody can send it: enqueue its content anew",
-    "unreadable_state": "keep a copy (HGET); no command hands the row out: enqueue its content anew, "
-    "once the destination says that it was not sent",
-    "row_without_index": "nobody will find the row: ZADD it to the named list at the named score, "
-    "with no writer at work",
-    "row_in_two_lists": "ZREM it from the named list: the state line is what counts",
-    "row_in_wrong_list": "ZREM it from the named list and ZADD it where its state says, with no "
-    "writer at work",
-    "row_in_wrong_line": "ZREM it from the named line: its document names the line it belongs to",
-    "wrong_place": "ZADD the score that the state says: a held row that stands too early is handed to "
-    "another holder before its lease ends",
-    "wrong_size": "only bounds on bytes are inexact; nothing has to be done",
-    "claimed_without_token": "it cannot be acked; wait for its lease's end: it is claimed anew then",
-    "lane_not_listed": "its rows are claimed, but not listed or counted; the next enqueue on the "
-    "lane lists it again",
-    "index_without_row": "nothing is lost by ZREM; a claim drops such an entry of a line by itself",
-    "state_without_row": "HDEL it: there is no row that it could speak of",
-    "errors_without_row": "HDEL it: there is no row that it could speak of",
-    "wrong_tally": _LEAVE + "HSET the counted number; claims and acks do not depend on it",
-    "stale_claim_record": "HDEL and ZREM it once its end has passed: rows are held by their state "
-    "lines, not by it; it only answers repeats of its claim",
-    "claim_end_without_record": "ZREM it; the next claims do so by themselves",
-    "two_holders": "stop both holders, ask the destination what was sent under which fence, then "
-    "let one of them finish",
-    "fence_behind": "SET it to the named number before anything else is granted: else a new holder "
-    "may get a fence that is not above an older one",
-    "dedupe_without_end": "the next enqueue under this key renews or drops it; HDEL it where its row "
-    "is finished",
-    "dedupe_end_without_entry": "ZREM it; enqueues do so by themselves",
-    "dedupe_of_nothing": "an enqueue under this key is answered duplicate or conflict and stores "
-    "nothing: HDEL and ZREM it, then enqueue",
-    "unreadable_lease": "HDEL it, ZREM its end and name, once its holder has stopped",
-    "lease_without_end": "ZADD the end that its line names, or it is never forgotten",
-    "lease_without_name": "ZADD it to the names at 0: it is held, but not listed",
-    "lease_end_disagrees": "ZADD the end that its line names: one that is kept as over is forgotten "
-    "while it is held",
-    "lease_end_without_lease": "ZREM it; the next acquisitions do so by themselves",
-    "lease_name_without_lease": "ZREM it: nobody holds it",
-    "unreadable_record": "keep a copy (HGET); ask the destination before the key is used again",
-    "key_without_end": "it is never forgotten, listed or purged: ZADD when it may be",
-    "key_end_without_record": "ZREM it; reservations do so by themselves",
-    "foreign_key": "leasekit did not write it: give leasekit a prefix of its own, or DEL it",
-    "wrong_type": "leasekit did not write it, and the tenant cannot be used: RENAME it away, and "
-    "restore the tenant from a backup",
-}
-
-
-class Problem(msgspec.Struct, frozen=True):
-    """What a judge found: kind is a word of ADVICE, noun says which structure."""
-
-    kind: str
-    noun: str
-    what: str
-
-
-class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """One piece of damage. `id` is a row, a name or a field; never a token."""
-
-    kind: str
-    key: str
-    id: str | None
-    what: str
-    advice: str
 
 
 class RowLook(msgspec.Struct, frozen=True, kw_only=True):
@@ -225,45 +142,6 @@ def judge_row(look: RowLook) -> list[Problem]:
     return problems
 
 
-def judge_lease(line: bytes | None, end: float | None, is_named: bool) -> list[Problem]:
-    """What is wrong with a name: its line, its end among the ends, whether it is listed."""
-    if line is None:
-        problems = []
-        if end is not None:
-            problems.append(Problem("lease_end_without_lease", "due", "an end without a lease"))
-        if is_named:
-            problems.append(Problem("lease_name_without_lease", "names", "a name without a lease"))
-        return problems
-    found = _LEASE.match(line)
-    if found is None:
-        return [Problem("unreadable_lease", "docs", "its line cannot be read")]
-    problems = []
-    told = int(found[5])
-    if end is None:
-        problems.append(
-            Problem("lease_without_end", "due", f"it ends at {told}, which is not kept")
-        )
-    elif end != told:
-        what = f"its end is kept as {end:.0f}, its line says {told}"
-        problems.append(Problem("lease_end_disagrees", "due", what))
-    if not is_named:
-        problems.append(Problem("lease_without_name", "names", "it is not among the names"))
-    return problems
-
-
-def judge_record(doc: bytes | None, end: float | None) -> list[Problem]:
-    """What is wrong with an idempotency record and its entry among those to be forgotten."""
-    if doc is None:
-        if end is None:
-            return []
-        return [Problem("key_end_without_record", "due", "an end without a record")]
-    if _RECORD.match(doc) is None:
-        return [Problem("unreadable_record", "docs", "it cannot be read")]
-    if end is None:
-        return [Problem("key_without_end", "due", "when it may be forgotten is not kept")]
-    return []
-
-
 def judge_claim(record: bytes | None, end: float | None) -> list[Problem]:
     """What is wrong with a claim record and its entry among the ends."""
     if record is None:
@@ -335,81 +213,20 @@ def judge_tally(told: dict[str, int], counted: Counter[str]) -> list[tuple[str, 
 # --- the sweep ------------------------------------------------------------------------------------
 
 
-async def scan_keys(backend: Backend, prefix: str, tag: str | None = None) -> dict[str, set[str]]:
-    """By encoded tenant, all keys under a prefix, by bounded SCANs of the whole server."""
-    found: dict[str, set[str]] = defaultdict(set)
-    cursor: Any = 0
-    while True:
-        cursor, keys = await backend.command(
-            "SCAN", cursor, "MATCH", key_pattern(prefix, tag), "COUNT", SCAN_COUNT
-        )
-        for raw in keys:
-            key = raw.decode("utf-8", "replace")
-            owner = tenant_of_key(prefix, key)
-            if owner is not None:
-                found[owner].add(key)
-        if not int(cursor):
-            return found
+class OutboxSweep:
+    """Pages of rows, suspects, second looks."""
 
-
-class _Pace:
-    """How many documents to read at a time, so that a page stays between two sizes."""
-
-    def __init__(self) -> None:
-        self.count = PAGE_FIRST
-
-    def learn(self, size_bytes: int) -> None:
-        if size_bytes > PAGE_BYTES_HIGH:
-            self.count = max(self.count // 2, 1)
-        elif size_bytes < PAGE_BYTES_LOW:
-            self.count = min(self.count * 2, PAGE_MOST)
-
-
-async def sweep(
-    backend: Backend,
-    prefix: str,
-    tag: str,
-    *,
-    keys_found: set[str] | None = None,
-    on_progress: Callable[[int], None] = lambda looked_at: None,
-) -> AsyncIterator[Finding]:
-    """All damage of one tenant, as it is found. `keys_found`: what `scan_keys` gave for it.
-
-    on_progress is told how many entries were looked at since it was told last.
-    """
-    if keys_found is None:
-        keys_found = (await scan_keys(backend, prefix, tag)).get(tag, set())
-    one = _Sweep(backend, Keys(prefix, tag), keys_found, on_progress)
-    async for finding in one.run():
-        yield finding
-
-
-class _Sweep:
-    """One tenant's sweep: pages, suspects, second looks."""
-
-    def __init__(
-        self,
-        backend: Backend,
-        keys: Keys,
-        keys_found: set[str],
-        on_progress: Callable[[int], None],
-    ) -> None:
-        self._backend = backend
-        self._keys = keys
+    def __init__(self, pages: Pages, keys_found: set[str]) -> None:
+        self._pages = pages
+        self._backend = pages.backend
+        self._keys = pages.keys
         self._keys_found = keys_found
-        self._on_progress = on_progress
-        self._pace = _Pace()
         self._routes: set[str] = set()
         self._unlisted: set[str] = set()
         self._blurred: set[str] = set()  # routes with other findings: their sums say nothing
-        self._fence_most = 0
         self._grants: dict[int, tuple[int, str]] = {}
 
     async def run(self) -> AsyncIterator[Finding]:
-        async for finding in self._check_types():
-            yield finding
-            if finding.kind == "wrong_type":
-                return
         await self._learn_routes()
         for check in (
             self._check_rows,
@@ -418,45 +235,16 @@ class _Sweep:
             self._check_lists,
             self._check_claims,
             self._check_dedupe,
-            self._check_leases,
-            self._check_records,
-            self._check_fence,
         ):
             async for finding in check():
                 yield finding
 
-    # keys and routes
-
-    async def _check_types(self) -> AsyncIterator[Finding]:
-        keys = self._keys
-        wanted = {keys.fence: "string"}
-        for slot in keys.__slots__:
-            if slot not in ("fence", "tenant"):
-                noun = slot.partition("_")[2]
-                wanted[getattr(keys, slot)] = "hash" if noun in _HASHES else "zset"
-        line_start = keys.outbox_due("")
-        kinds: dict[str, str] = {}
-        for key in sorted(self._keys_found):
-            is_line = key.startswith(line_start) and _is_route(key.removeprefix(line_start))
-            if key in wanted or is_line:
-                kinds[key] = wanted.get(key, "zset")
-            else:
-                yield self._finding_at(key, None, Problem("foreign_key", "", "no key of leasekit"))
-        ours = list(kinds)
-        for start in range(0, len(ours), PAGE_MOST):
-            some = ours[start : start + PAGE_MOST]
-            told = await self._backend.look(*[("TYPE", key) for key in some])
-            for key, found in zip(some, told, strict=True):
-                if found.decode() not in (kinds[key], "none"):
-                    what = f"it is a {found.decode()}; it must be a {kinds[key]}"
-                    yield self._finding_at(key, None, Problem("wrong_type", "", what))
-
     async def _learn_routes(self) -> None:
         line_start = self._keys.outbox_due("")
         for key in self._keys_found:
-            if key.startswith(line_start) and _is_route(key.removeprefix(line_start)):
+            if key.startswith(line_start) and is_route(key.removeprefix(line_start)):
                 self._routes.add(key.removeprefix(line_start))
-        async for page in self._scan("ZSCAN", self._keys.outbox_lanes):
+        async for page in self._pages.scan("ZSCAN", self._keys.outbox_lanes):
             self._routes.update(member.decode() for member, _ in page)
 
     # rows
@@ -465,7 +253,7 @@ class _Sweep:
         before = await self._stamp()
         counted: Counter[str] = Counter()
         suspects: list[str] = []
-        async for page in self._scan("HSCAN", self._keys.outbox_docs, documents=True):
+        async for page in self._pages.scan("HSCAN", self._keys.outbox_docs, documents=True):
             headers = {id.decode("utf-8", "replace"): doc.partition(b"\n")[0] for id, doc in page}
             for id, look in (await self._look_at_rows(headers)).items():
                 _count(look, counted)
@@ -542,15 +330,15 @@ class _Sweep:
                     continue
                 self._unlisted.add(route)
             self._blurred.add(route)
-            yield self._finding(problem, id, route)
+            yield self._pages.finding(problem, id, route)
 
     # what speaks of rows
 
     async def _check_states(self) -> AsyncIterator[Finding]:
-        async for page in self._scan("HSCAN", self._keys.outbox_state):
+        async for page in self._pages.scan("HSCAN", self._keys.outbox_state):
             missing = await self._without_document([id for id, _ in page])
             for name in missing:
-                yield self._finding(
+                yield self._pages.finding(
                     Problem("state_without_row", "state", "a state line without a document"), name
                 )
             for id, line in page:
@@ -558,12 +346,12 @@ class _Sweep:
                 state = read_state(line)
                 if state is None or name in missing:
                     continue
-                self._fence_most = max(self._fence_most, state.fence)
+                self._pages.note_fence(state.fence)
                 if state.status == "claimed" and state.fence:
                     other = self._note_grant(state.fence, state.claimed_at_ms, name)
                     if other and await self._share_a_fence(name, other):
                         what = f"it and {other} are held under one fence, granted at two moments"
-                        yield self._finding(Problem("two_holders", "state", what), name)
+                        yield self._pages.finding(Problem("two_holders", "state", what), name)
 
     def _note_grant(self, fence: int, granted_at_ms: int, name: str) -> str | None:
         """Who else has this fence from another moment: a fence is of one call."""
@@ -580,9 +368,9 @@ class _Sweep:
         return both_held and first.fence == second.fence and not same_call
 
     async def _check_errors(self) -> AsyncIterator[Finding]:
-        async for page in self._scan("HSCAN", self._keys.outbox_errors, documents=True):
+        async for page in self._pages.scan("HSCAN", self._keys.outbox_errors, documents=True):
             for id in await self._without_document([id for id, _ in page], "outbox_errors"):
-                yield self._finding(
+                yield self._pages.finding(
                     Problem("errors_without_row", "errors", "errors without a document"), id
                 )
 
@@ -615,25 +403,25 @@ class _Sweep:
     async def _check_list(self, noun: str, route: str | None) -> AsyncIterator[Finding]:
         keys = self._keys
         key = keys.named("outbox", noun, route or "")
-        async for page in self._scan("ZSCAN", key):
-            for start in range(0, len(page), self._pace.count):
-                ids = [id for id, _ in page[start : start + self._pace.count]]
+        async for page in self._pages.scan("ZSCAN", key):
+            for start in range(0, len(page), self._pages.pace.count):
+                ids = [id for id, _ in page[start : start + self._pages.pace.count]]
                 documents = [("HEXISTS", keys.outbox_docs, id) for id in ids]
                 reading = [("HMGET", keys.outbox_docs, *ids)] if route else documents
                 scores, *docs = await self._backend.look(("ZMSCORE", key, *ids), *reading)
                 docs = docs[0] if route else docs
-                self._pace.learn(sum(len(doc) for doc in docs if doc) if route else 0)
+                self._pages.pace.learn(sum(len(doc) for doc in docs if doc) if route else 0)
                 for raw, score, doc in zip(ids, scores, docs, strict=True):
                     id = raw.decode("utf-8", "replace")
                     if score is None:
                         continue
                     if not doc:
                         problem = Problem("index_without_row", noun, "an entry without a document")
-                        yield self._finding(problem, id, route or "")
+                        yield self._pages.finding(problem, id, route or "")
                     elif route and route_of_header(doc.partition(b"\n")[0]) not in (route, None):
                         own = route_of_header(doc.partition(b"\n")[0])
                         problem = Problem("row_in_wrong_line", noun, f"its document says {own}")
-                        yield self._finding(problem, id, route)
+                        yield self._pages.finding(problem, id, route)
 
     # counters
 
@@ -641,7 +429,7 @@ class _Sweep:
         """Tally and fence. Two equal stamps: no row changed its status between them."""
         fence = await self._backend.command("GET", self._keys.fence)
         tally: dict[str, int] = {}
-        async for page in self._scan("HSCAN", self._keys.outbox_tally):
+        async for page in self._pages.scan("HSCAN", self._keys.outbox_tally):
             for field, value in page:
                 name = field.decode("utf-8", "replace")
                 if _is_counted(name):
@@ -658,7 +446,7 @@ class _Sweep:
             return
         again: Counter[str] = Counter()
         seen: set[bytes] = set()
-        async for page in self._scan("HSCAN", self._keys.outbox_docs, documents=True):
+        async for page in self._pages.scan("HSCAN", self._keys.outbox_docs, documents=True):
             fresh = {
                 id.decode("utf-8", "replace"): doc.partition(b"\n")[0]
                 for id, doc in page
@@ -669,7 +457,7 @@ class _Sweep:
                 _count(look, again)
         if await self._stamp() == stamp:
             for field, problem in judge_tally(stamp[0], again):
-                yield self._finding(problem, field)
+                yield self._pages.finding(problem, field)
 
     async def _check_sums(self) -> AsyncIterator[Finding]:
         """While rows move: a line's counters against its length, read at one moment."""
@@ -682,7 +470,7 @@ class _Sweep:
             told = [int(count or 0) for count in counts]
             if sum(told) != length and await self._line_is_sound(route):
                 what = f"{told[0]} pending and {told[1]} claimed, and {length} stand in line"
-                yield self._finding(Problem("wrong_tally", "tally", what), f"pending:{route}")
+                yield self._pages.finding(Problem("wrong_tally", "tally", what), f"pending:{route}")
 
     async def _line_is_sound(self, route: str) -> bool:
         """Whether a line names rows only: else its length says nothing about the counters."""
@@ -695,13 +483,13 @@ class _Sweep:
     async def _check_claims(self) -> AsyncIterator[Finding]:
         keys = self._keys
         naming: dict[str, set[bytes]] = defaultdict(set)
-        async for page in self._scan("HSCAN", keys.outbox_claims, documents=True):
+        async for page in self._pages.scan("HSCAN", keys.outbox_claims, documents=True):
             for token, record in page:
                 for id in record.split(b" ")[1:]:
                     naming[id.decode("utf-8", "replace")].add(token)
             async for finding in self._judge_claims([token for token, _ in page]):
                 yield finding
-        async for page in self._scan("ZSCAN", keys.outbox_claims_end):
+        async for page in self._pages.scan("ZSCAN", keys.outbox_claims_end):
             async for finding in self._judge_claims([token for token, _ in page], only_ends=True):
                 yield finding
         for id, tokens in naming.items():
@@ -714,7 +502,7 @@ class _Sweep:
             records = sum(id.encode() in (record or b"").split(b" ")[1:] for record in found)
             last = (horizon or b"").decode("utf-8", "replace")
             for problem in judge_named_row(id, records, line, bool(is_there), last):
-                yield self._finding(problem, id)
+                yield self._pages.finding(problem, id)
 
     async def _judge_claims(
         self, tokens: Sequence[bytes], *, only_ends: bool = False
@@ -728,14 +516,14 @@ class _Sweep:
         for record, end in zip(records, ends, strict=True):
             for problem in judge_claim(record, end):
                 if (problem.kind == "claim_end_without_record") == only_ends:
-                    yield self._finding(problem, None)  # its field is a token
+                    yield self._pages.finding(problem, None)  # its field is a token
 
     async def _check_dedupe(self) -> AsyncIterator[Finding]:
         keys = self._keys
-        async for page in self._scan("HSCAN", keys.outbox_dedupe):
+        async for page in self._pages.scan("HSCAN", keys.outbox_dedupe):
             async for finding in self._judge_dedupe(dict(page)):
                 yield finding
-        async for page in self._scan("ZSCAN", keys.outbox_dedupe_end):
+        async for page in self._pages.scan("ZSCAN", keys.outbox_dedupe_end):
             async for finding in self._judge_dedupe(dict.fromkeys(dict(page), b"")):
                 yield finding
 
@@ -759,97 +547,10 @@ class _Sweep:
             is_there = bool(is_stored) or entry != read
             for problem in judge_dedupe(entry, end, is_there, last):
                 if (problem.kind == "dedupe_end_without_entry") == (read == b""):
-                    yield self._finding(problem, digest.decode("utf-8", "replace"))
-
-    # leases and keys
-
-    async def _check_leases(self) -> AsyncIterator[Finding]:
-        keys = self._keys
-        judged: set[bytes] = set()
-        for command, key in (
-            ("HSCAN", keys.lease_docs),
-            ("ZSCAN", keys.lease_due),
-            ("ZSCAN", keys.lease_names),
-        ):
-            async for page in self._scan(command, key):
-                names = [name for name, _ in page if name not in judged]
-                if not names:
-                    continue
-                lines, ends, places = await self._backend.look(
-                    ("HMGET", keys.lease_docs, *names),
-                    ("ZMSCORE", keys.lease_due, *names),
-                    ("ZMSCORE", keys.lease_names, *names),
-                )
-                for name, line, end, place in zip(names, lines, ends, places, strict=True):
-                    if found := _LEASE.match(line or b""):
-                        self._fence_most = max(self._fence_most, int(found[3]))
-                    for problem in judge_lease(line, end, place is not None):
-                        judged.add(name)
-                        yield self._finding(
-                            problem, name.decode("utf-8", "replace"), concept="lease"
-                        )
-
-    async def _check_records(self) -> AsyncIterator[Finding]:
-        keys = self._keys
-        judged: set[bytes] = set()
-        for command, key in (
-            ("HSCAN", keys.idempotency_docs),
-            ("ZSCAN", keys.idempotency_due),
-        ):
-            async for page in self._scan(command, key, documents=True):
-                names = [name for name, _ in page if name not in judged]
-                for start in range(0, len(names), self._pace.count):
-                    some = names[start : start + self._pace.count]
-                    docs, ends = await self._backend.look(
-                        ("HMGET", keys.idempotency_docs, *some),
-                        ("ZMSCORE", keys.idempotency_due, *some),
-                    )
-                    for name, doc, end in zip(some, docs, ends, strict=True):
-                        for problem in judge_record(doc, end):
-                            judged.add(name)
-                            yield self._finding(
-                                problem, name.decode("utf-8", "replace"), concept="idempotency"
-                            )
-
-    async def _check_fence(self) -> AsyncIterator[Finding]:
-        """A fence only rises: read last, it is above all that were seen."""
-        last = await self._backend.command("GET", self._keys.fence)
-        told = int(last) if last and last.isdigit() else 0
-        if told < self._fence_most:
-            what = f"the last fence given is kept as {told}, and {self._fence_most} was given"
-            yield self._finding_at(self._keys.fence, None, Problem("fence_behind", "", what))
-
-    # inside
-
-    async def _scan(
-        self, command: str, key: str, *, documents: bool = False
-    ) -> AsyncIterator[list[tuple[bytes, Any]]]:
-        """Pages of a hash or a sorted set; everything that is there all the while comes at least once."""
-        cursor: Any = 0
-        while True:
-            count = self._pace.count if documents else PAGE_MOST
-            cursor, flat = await self._backend.command(command, key, cursor, "COUNT", count)
-            page = list(zip(flat[::2], flat[1::2], strict=True))
-            if documents:
-                self._pace.learn(sum(len(value) for value in flat if isinstance(value, bytes)))
-            if page:
-                self._on_progress(len(page))
-                yield page
-            if not int(cursor):
-                return
-
-    def _finding(
-        self, problem: Problem, id: str | None, route: str = "", *, concept: str = "outbox"
-    ) -> Finding:
-        return self._finding_at(self._keys.named(concept, problem.noun, route), id, problem)
-
-    def _finding_at(self, key: str, id: str | None, problem: Problem) -> Finding:
-        return Finding(
-            kind=problem.kind, key=key, id=id, what=problem.what, advice=ADVICE[problem.kind]
-        )
+                    yield self._pages.finding(problem, digest.decode("utf-8", "replace"))
 
 
-def _is_route(text: str) -> bool:
+def is_route(text: str) -> bool:
     try:
         route_parts(text)
     except ValueError:
