@@ -77,6 +77,8 @@ for i = 1, count do
     local lines = texts[id] or said[i] or nil
     local wanted, status = STATUS[result], intent_status(row, now)
     local is_own = token ~= "" and row.token == token
+    local told = token == "" and repeated == "1" and lines
+      and string.find(lines .. "\n", " " .. result .. " 0 1 " .. note .. "\n", 1, true)
     local answer, applies
     if is_own then
       local is_again = result == "left" and row.cause == "left"
@@ -84,16 +86,14 @@ for i = 1, count do
       answer = (applies or is_again or wanted == status) and "recorded" or "kept"
     elseif token ~= "" then
       answer = "lost"
+    elseif told then
+      answer = "recorded"
     elseif result == "blocked" then
       applies = row.status == "claimed" and row.cause == "granted" and row.attempts == 1
         and row.on_expiry == "reclaim"
       answer = applies and "recorded" or "skipped"
     else
       applies, answer = true, "recorded"
-      local told = " " .. result .. " 0 1 " .. note .. "\n"
-      if repeated == "1" and lines and string.find(lines .. "\n", told, 1, true) then
-        applies = false
-      end
     end
     if applies then
       if wanted == "unknown" and row.on_expiry == "reclaim" then
