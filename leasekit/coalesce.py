@@ -199,6 +199,7 @@ class Coalescer:
         self._waiting: deque[tuple[_Key, _Call, Script, Bind, int]] = deque()
         self._returned: list[_Part] = []
         self._link: _Link = (None, None)
+        self._is_fit = False  # whether what `_connect` asks of a connection was answered well
         self._left_behind: set[_Link] = set()
         self.repeats = 0
         """Calls that were sent again after a lost reply, so far."""
@@ -335,7 +336,7 @@ class Coalescer:
         self._flush_is_due = False
         if self._reconnecting is not None:
             return  # Not even on an open connection: the old one must be gone first.
-        if not self._wire.is_connected:
+        if not self._wire.is_connected or not self._is_fit:
             self._reconnect()
             return
         while self._flights < self._flights_max and self._ready:
@@ -656,6 +657,7 @@ class Coalescer:
                 self._flush_soon()
 
     async def _connect(self) -> None:
+        self._is_fit = False
         await self._wire.connect()
         loads = scripts.load_commands(shebang=self._shebang)
         asked = self._durability_commands()
@@ -673,6 +675,7 @@ class Coalescer:
         self._link = (process and process[1], self._wire.client_id)
         if self._left_behind:
             await self._end_old_connections()
+        self._is_fit = True
         self._drop_repeats(self._is_late, "the connection was lost, and came back too late,")
 
     def _durability_commands(self) -> list[tuple[Argument, ...]]:
