@@ -82,7 +82,10 @@ for i = 1, count do
     local answer, applies
     if is_own then
       local is_again = result == "left" and row.cause == "left"
+      -- What a destination or an operator freed, its old sender can only say to be sent.
+      local is_freed = row.status == "cancelled" and row.cause ~= "blocked"
       applies = RANK[wanted] > RANK[row.status] and not is_again
+        and not (is_freed and result == "failed")
       answer = (applies or is_again or wanted == status) and "recorded" or "kept"
     elseif token ~= "" then
       answer = "lost"
