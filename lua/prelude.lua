@@ -21,7 +21,7 @@ local RESERVED_KEEP_MS = 86400000
 local FACTS_KEPT = 16
 local FACT_BYTES_MAX = 65536
 local OPENINGS_KEPT = 16
--- The list in which an intent stands by its status; a claimed one by what the end of its lease means.
+-- The list in which an intent stands by its status; a claimed one by what its lease end means.
 local LIST_OF = {
   park = "expiring", unknown = "unknown", dead_lettered = "dead", sent = "done", cancelled = "done",
 }
