@@ -117,6 +117,9 @@ class Keys:
         "gate_updated",
         "idempotency_docs",
         "idempotency_due",
+        "ledger_docs",
+        "ledger_guards",
+        "ledger_index",
         "lease_docs",
         "lease_due",
         "lease_names",
@@ -142,6 +145,7 @@ class Keys:
         for concept, nouns in (
             ("lease", "docs due names"),
             ("idempotency", "docs due"),
+            ("ledger", "docs index guards"),
             ("gate", "docs state facts expiring unknown dead done updated runs dataset"),
             ("tenant", "barrier"),
             (
@@ -167,6 +171,9 @@ class Keys:
     gate_updated: str
     idempotency_docs: str
     idempotency_due: str
+    ledger_docs: str
+    ledger_guards: str
+    ledger_index: str
     lease_docs: str
     lease_due: str
     lease_names: str
@@ -190,6 +197,11 @@ class Keys:
             return self.fence
         if noun == "due" and concept == "outbox":
             return self.outbox_due(route)
+        if concept == "ledger" and noun in ("log", "events"):
+            return f"{self.tenant}:ledger:{noun}:{route}"
+        if concept == "ledger" and not hasattr(self, f"ledger_{noun}"):
+            # An intent is a record of the ledger, kept by the gate.
+            concept, noun = "gate", "docs" if noun == "intents" else noun
         key: str = getattr(self, f"{concept}_{noun}")
         return key
 
