@@ -5,7 +5,7 @@ two reads. Therefore a page only raises suspicion. Each suspect is looked at aga
 moment (`Backend.look`), and judged by the same pure function; what is still wrong then is damage.
 
     finding   what is found, and what is safe then    pages   a tenant, read page by page
-    sweeping  all of a tenant                         outbox, lease, idempotency   its concepts
+    sweeping  all of a tenant                         outbox, lease, idempotency, gate
 
 The judges (`judge_...`) are pure functions over what a look found.
 
@@ -13,6 +13,13 @@ Source: lua/PROTOCOL.md, "Keys", "Outbox" and "Gate"; tests/lua/commands.py, `in
 """
 
 from leasekit.doctor.finding import ADVICE, Finding, Problem
+from leasekit.doctor.gate import (
+    IntentLook,
+    judge_dataset,
+    judge_intent,
+    judge_run_entry,
+    read_intent_state,
+)
 from leasekit.doctor.idempotency import judge_record
 from leasekit.doctor.lease import judge_lease
 from leasekit.doctor.outbox import (
@@ -29,15 +36,20 @@ from leasekit.doctor.sweeping import scan_keys, sweep
 __all__ = [
     "ADVICE",
     "Finding",
+    "IntentLook",
     "Problem",
     "RowLook",
     "judge_claim",
+    "judge_dataset",
     "judge_dedupe",
+    "judge_intent",
     "judge_lease",
     "judge_named_row",
     "judge_record",
     "judge_row",
+    "judge_run_entry",
     "judge_tally",
+    "read_intent_state",
     "read_state",
     "scan_keys",
     "sweep",

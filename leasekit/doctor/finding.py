@@ -49,6 +49,34 @@ ADVICE = {
     "unreadable_record": "keep a copy (HGET); ask the destination before the key is used again",
     "key_without_end": "it is never forgotten, listed or purged: ZADD when it may be",
     "key_end_without_record": "ZREM it; reservations do so by themselves",
+    "unreadable_intent": "leave it there, for so long nobody is granted it; ask the destination what "
+    "became of it, and restore the line from a backup; HDEL it only once nothing was sent",
+    "intent_without_token": "its sender cannot complete it; once it is unknown: leasekit resolve",
+    "unreadable_intent_document": "pages that hold it cannot be read: restore it from a backup, or keep "
+    "a copy and HDEL it; the state line is what counts",
+    "intent_without_document": "nobody is granted it all the same; it reads without tool and key, so "
+    "that no destination is asked: restore it from a backup, or leasekit resolve",
+    "unreadable_facts": "pages that hold them cannot be read: keep a copy (HGET), then HDEL them; the "
+    "state line is what counts",
+    "document_without_intent": "its key is granted anew, and whether it was sent is lost: stop its "
+    "senders, ask the destination, restore the state line from a backup; HDEL it only if nothing was "
+    "sent",
+    "facts_without_intent": "its key is granted anew: read them first (HGET), they may say that it was "
+    "sent; HDEL them where nothing was",
+    "entry_without_intent": "nothing is lost by ZREM: no state line speaks of it",
+    "intent_without_entry": "ZADD it there at the named score, with no sender at work: until then "
+    "lists, reconcile or forgetting do not find it",
+    "intent_in_wrong_place": "ZADD the score that is named, with no sender at work: else it comes too "
+    "early or too late in lists, questions or forgetting",
+    "intent_in_wrong_list": "ZREM it from the named list: the state line is what counts",
+    "intent_among_done": "ZREM it from there at once: what stands there is forgotten by its age, and "
+    "may then be granted again",
+    "intent_without_run_entry": "ZADD the named entry at 0: pages of its run leave it out",
+    "stale_run_entry": "ZREM the named entry: the state line is what counts",
+    "unreadable_dataset": "who knows this data is granted nothing: restore it from a backup, or SET it "
+    "to the name that the senders' error tells",
+    "dataset_without_name": "who knows this data is granted nothing, and the next grant renames it: "
+    "restore it from a backup, or SET it to the name that the senders' error tells",
     "foreign_key": "leasekit did not write it: give leasekit a prefix of its own, or DEL it",
     "wrong_type": "leasekit did not write it, and the tenant cannot be used: RENAME it away, and "
     "restore the tenant from a backup",

@@ -8,6 +8,7 @@ from typing import Any
 
 from leasekit.connect import Backend
 from leasekit.doctor.finding import Finding, Problem
+from leasekit.doctor.gate import GateSweep
 from leasekit.doctor.idempotency import check_records
 from leasekit.doctor.lease import check_leases
 from leasekit.doctor.outbox import OutboxSweep, is_route
@@ -62,6 +63,7 @@ async def sweep(
         OutboxSweep(pages, keys_found).run(),
         check_leases(pages),
         check_records(pages),
+        GateSweep(pages).run(),
         _check_fence(pages),
     ):
         async for finding in check:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import assert_type
 
 import leasekit
-from leasekit import Draft, Leasekit, LeasekitError, Outcome, Tenant
+from leasekit import Draft, Durability, Leasekit, LeasekitError, Outcome, Tenant, replicated
 from leasekit.lease import Acquisition, Lease
 from leasekit.model import (
     AckOutcome,
@@ -35,7 +35,10 @@ async def connecting() -> None:
         assert_type(kit, Leasekit)
         assert_type(kit.tenant("o", "w"), Tenant)
         assert_type(await kit.tenants(), Page[Tenant])
+        assert_type(kit.durability, Durability)
     assert_type(await leasekit.connect(), Leasekit)
+    await leasekit.connect(durability="fsync")
+    assert_type(replicated(2, timeout_ms=10), Durability)
 
 
 async def outbox(tenant: Tenant) -> None:
@@ -49,6 +52,7 @@ async def outbox(tenant: Tenant) -> None:
     for claim in claims:
         assert_type(claim, Claim)
         assert_type(await claim.ack(), AckOutcome)
+        assert_type(await claim.ack(durability=replicated()), AckOutcome)
         assert_type(await claim.nack(error="e"), NackOutcome)
         assert_type(await claim.extend(), ExtendOutcome)
         assert_type(await claim.release(), ReleaseOutcome)

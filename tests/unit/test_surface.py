@@ -74,6 +74,7 @@ def test_calls_have_one_form(face: type) -> None:
         assert parameters["now_ms"].default is None, name
         if name not in ("get", "list", "counts", "purge"):
             assert parameters["repeat"].default is False, name
+            assert parameters["durability"].default is None, name
         optional = [one for one in parameters.values() if one.default is not one.empty]
         assert all(one.kind is inspect.Parameter.KEYWORD_ONLY for one in optional), name
 
