@@ -75,6 +75,8 @@ class ServerProcess(Server):
         self._binary = binary_of(kind)
         self._home = tempfile.TemporaryDirectory(prefix="lk-")
         self._config = CONFIG | {name.replace("_", "-"): value for name, value in config.items()}
+        self.under: list[str] = []
+        """What the next start runs it under: a tracer that leaves the process the server's own."""
         self._process: subprocess.Popen[bytes] | None = None
         self._reaper: subprocess.Popen[bytes] | None = None
         path = str(Path(self._home.name, CONFIG["unixsocket"]))
@@ -86,13 +88,18 @@ class ServerProcess(Server):
         super().__init__(kind, f"unix://{path}", raw)
 
     @property
+    def home(self) -> Path:
+        """Its directory, where its files are."""
+        return Path(self._home.name)
+
+    @property
     def process_id(self) -> int:
         assert self._process is not None, "the server is not running"
         return self._process.pid
 
     def start(self) -> None:
         """Start the process and return when it answers."""
-        arguments = [self._binary]
+        arguments = [*self.under, self._binary]
         for name, value in self._config.items():
             arguments += [f"--{name}", *(value.split() or [""])]
         log = Path(self._home.name, "log")

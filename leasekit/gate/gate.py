@@ -697,10 +697,10 @@ class Gate:
         codec.check_text(id, "id")
         scope = self._scope
 
-        def read(item: Any, context: None, reply: Reply) -> Intent | None:
+        def read(item: Any, context: None, reply: Reply) -> Intent | CorruptState | None:
             if item == b"missing":
                 return None
-            return read_intent(id, item[1], item[2], item[3], reply.now_ms)
+            return _read_one(scope.tag, id, item[1:], reply.now_ms)
 
         intent: Intent | None = await scope.coalescer.submit(
             _GET, scope.tag, (scope.now_argument(now_ms),), self._bind, (id,), read
@@ -737,7 +737,7 @@ class Gate:
                 "statuses": f" {wanted} " if wanted else "",
             },
         )
-        intents = _read_page(reply[3:], reply[0])
+        intents = _read_page(scope.tag, reply[3:], reply[0])
         return Page(intents, encode_cursor(reply[2].decode()) if reply[1] else None)
 
     async def _list(
@@ -765,7 +765,7 @@ class Gate:
             members=scope.keys.named("gate", members, ""),
         )
         more = encode_cursor(reply[2].decode(), reply[3].decode()) if reply[1] else None
-        return Page(_read_page(reply[4:], reply[0]), more)
+        return Page(_read_page(scope.tag, reply[4:], reply[0]), more)
 
     def _bind(self, one: Script, variant: Variant, repeat: bool) -> Sequence[Argument]:
         """Keys and arguments of a call; a variant is now_ms."""
@@ -788,7 +788,24 @@ def _status_word(status: IntentStatus | str | None) -> str:
         ) from None
 
 
-def _read_page(replies: Sequence[Any], now: int) -> list[Intent]:
-    return [
-        read_intent(id.decode(), doc, line, facts, int(now)) for id, doc, line, facts in replies
-    ]
+def _read_page(tag: str, replies: Sequence[Any], now: int) -> list[Intent]:
+    intents = []
+    for id, *texts in replies:
+        intent = _read_one(tag, id.decode("utf-8", "replace"), texts, int(now))
+        if isinstance(intent, CorruptState):
+            raise intent
+        intents.append(intent)
+    return intents
+
+
+def _read_one(tag: str, id: str, texts: Sequence[bytes], now: int) -> Intent | CorruptState:
+    """An intent of what is stored of it: document, state line, facts; or that it is damaged."""
+    try:
+        return read_intent(id, texts[0], texts[1], texts[2], now)
+    except (ValueError, TypeError, AttributeError, msgspec.MsgspecError):
+        return CorruptState(
+            f"what is stored of {id} cannot be read: nothing was changed; `leasekit doctor --deep` "
+            "says more",
+            tenant=tag,
+            id=id,
+        )

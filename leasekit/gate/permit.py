@@ -72,9 +72,12 @@ class Permit:
             needs_s = margin_s(self._lease_ms) if needs_ms is None else needs_ms / 1_000
             left_s = self._upkeep.deadline_s - local_clock_s()
             if self.lost.is_set() or left_s <= needs_s:
+                state = "nothing was begun, and it is cancelled on the way out; dispatch it again"
+                if self.has_begun:
+                    state = "it was begun before, and unless you say what came of that, nobody knows"
                 raise LeaseLost(
                     f"too little is left of the lease of {self.id} ({max(left_s, 0):.3f} s): do not "
-                    "send; nothing was begun, and it is cancelled on the way out; dispatch it again",
+                    f"send; {state}",
                     id=self.id,
                 )
         self.has_begun = True

@@ -3,7 +3,7 @@
 It listens on a unix socket and gives every connection a connection of its own to the server, so that
 what the server does with one (drop it on CLIENT KILL, say) is real. It knows just enough of RESP to
 tell where a request or a reply ends. `arm` says what happens to the next request that a test looks
-for; without it everything passes.
+for; without it everything passes. `stall` and `lead_to` befall the whole of it, for failovers.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class Proxy:
         self._plan: Plan | None = None
         self._links: dict[_Link, asyncio.Task[None] | None] = {}
         self._held: list[tuple[_Link, list[bytes]]] = []
+        self._flows = asyncio.Event()
+        self._flows.set()
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_unix_server(self._accept, self.path)
@@ -75,6 +77,7 @@ class Proxy:
         running = [task for task in self._links.values() if task is not None]
         for link in self._links:
             link.end()
+        self._flows.set()
         await asyncio.gather(*running)
         await self._server.wait_closed()
         os.unlink(self.path)
@@ -85,6 +88,17 @@ class Proxy:
 
     def arm(self, plan: Plan | None) -> None:
         self._plan = plan
+
+    def stall(self) -> None:
+        """Nothing passes any more in either direction, and nobody is told."""
+        self._flows.clear()
+
+    def lead_to(self, server_path: str) -> None:
+        """End all connections; new ones lead to this server. What was stalled never arrives."""
+        self._server_path = server_path
+        for link in self._links:
+            link.end()
+        self._flows.set()
 
     async def let_go(self) -> list[bytes | None]:
         """Send on what was held back; its replies, or None where the server had ended the connection."""
@@ -106,9 +120,16 @@ class Proxy:
         link = _Link(self, reader, writer)
         self._links[link] = asyncio.current_task()
         try:
+            await self._flows.wait()
             await link.run(self._server_path)
+        except OSError:
+            writer.close()  # there is no server
         finally:
             del self._links[link]
+
+    async def flows(self) -> None:
+        """Wait while it is stalled."""
+        await self._flows.wait()
 
     def plan_for(self, request: bytes) -> Plan | None:
         plan = self._plan
@@ -162,6 +183,7 @@ class _Link:
     async def _requests(self) -> None:
         try:
             async for request in frames(self._reader):
+                await self._proxy.flows()
                 plan = self._proxy.plan_for(request)
                 fault = plan.fault if plan else None
                 if plan and fault is Fault.HOLD:
@@ -183,6 +205,7 @@ class _Link:
     async def _replies(self) -> None:
         with suppress(OSError):
             async for reply in frames(self._from_server):
+                await self._proxy.flows()
                 if self._letting_go is not None:
                     self._letting_go.set_result(reply)
                     continue
