@@ -58,6 +58,7 @@ _COUNTER_MAX = 2**40 - 1
 _ID_CHARACTERS = frozenset(_BASE32)
 _TOKEN_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_")
 _ID_LENGTH = 26
+_TO_LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
 
 
 class _IdSource:
@@ -277,6 +278,16 @@ def error_text(value: object) -> bytes:
     if len(text) > ERROR_TEXT_MAX:
         text = text[: ERROR_TEXT_MAX - 1] + "…"
     return msgspec.json.encode(text.encode(errors="replace").decode())
+
+
+def normalised(text: str) -> str:
+    """nk of spec/reliability 0.2: trimmed, `-` as `_`, ASCII letters in lower case."""
+    return ascii_lower(text.strip().replace("-", "_"))
+
+
+def ascii_lower(text: str) -> str:
+    """ASCII letters in lower case, all others as they are."""
+    return text.translate(_TO_LOWER)
 
 
 def hash_terminated(parts: list[str]) -> str:

@@ -426,22 +426,22 @@ local function save_intents(changed, now, keys)
       gone[row.stood_in] = gone[row.stood_in] or {}
       gone[row.stood_in][#gone[row.stood_in] + 1] = id
     end
-    row.updated_at = now_text
+    row.updated_at = row.changed_at or now_text
     local n = 2 * i
     lines[n - 1], lines[n] = id, intent_line(row)
-    updated[n - 1], updated[n] = now_text, id
+    updated[n - 1], updated[n] = row.updated_at, id
     if row.run ~= "~" then
       if row.seen_at then
         gone_runs[#gone_runs + 1] = run_member(row, row.seen_at)
       end
       n = #runs
-      runs[n + 1], runs[n + 2] = "0", run_member(row, now_text)
+      runs[n + 1], runs[n + 2] = "0", run_member(row, row.updated_at)
     end
     if list then
       lists[list] = lists[list] or {}
       n = #lists[list]
       lists[list][n + 1] = list == "expiring" and integer(row.lease_end)
-        or list == "unknown" and row.ask_at or now_text
+        or list == "unknown" and row.ask_at or row.updated_at
       lists[list][n + 2] = id
     end
   end

@@ -33,7 +33,6 @@ __all__ = [
     "intent_document",
     "is_gated",
     "key_digest",
-    "normalised",
     "outbox_id",
     "payload_digest",
     "provider_of",
@@ -71,7 +70,6 @@ RESERVED_KEYS = TRUSTED_KEYS | {
 }
 NO_RUN = "~"
 
-_TO_LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
 
 _CREDENTIAL_WORDS = frozenset(
     {
@@ -172,8 +170,8 @@ def scope_allows(allowlist: Sequence[str], tool: str) -> bool:
 
     ASCII letters compare without case; look-alikes of other alphabets are other letters.
     """
-    wanted = tool.translate(_TO_LOWER)
-    patterns = [pattern.translate(_TO_LOWER) for pattern in allowlist]
+    wanted = codec.ascii_lower(tool)
+    patterns = [codec.ascii_lower(pattern) for pattern in allowlist]
     return not patterns or any(
         wanted.startswith(pattern[:-1]) if pattern.endswith("*") else wanted == pattern
         for pattern in patterns
@@ -280,14 +278,9 @@ def key_digest(idempotency_key: str) -> str:
     return codec.short_digest(idempotency_key.encode())
 
 
-def normalised(text: str) -> str:
-    """nk of spec/reliability 0.2: trimmed, `-` as `_`, ASCII letters in lower case."""
-    return text.strip().replace("-", "_").translate(_TO_LOWER)
-
-
 def run_word(run_id: str | None) -> str:
     """A run as one word of keys and rows; `~` for none, which no encoded word is."""
-    return encode_word(normalised(run_id or "")) or NO_RUN
+    return encode_word(codec.normalised(run_id or "")) or NO_RUN
 
 
 # --- the intent's document ------------------------------------------------------------------------

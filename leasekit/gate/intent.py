@@ -150,7 +150,7 @@ def read_intent(identity: str, doc: bytes, line: bytes, facts: bytes, now: int) 
     told = tuple(_read_fact(one) for one in facts.split(b"\n")) if facts else ()
     fixed: dict[str, Any] = msgspec.json.decode(doc) if doc else {"operation": ""}
     fixed["metadata"] = _merged(fixed.get("metadata", {}), told)
-    was_granted = int(attempts) > 0
+    claimed_by = fixed.get("claimed_by", CLAIMED_BY if int(fence) else None)
     return msgspec.convert(
         fixed
         | {
@@ -161,8 +161,8 @@ def read_intent(identity: str, doc: bytes, line: bytes, facts: bytes, now: int) 
             "attempts": int(attempts),
             "created_at_ms": int(created_at),
             "updated_at_ms": int(updated_at),
-            "claimed_by": CLAIMED_BY if was_granted else None,
-            "claimed_at_ms": int(claimed_at) if was_granted else None,
+            "claimed_by": claimed_by,
+            "claimed_at_ms": None if claimed_by is None else int(claimed_at),
             "claim_expires_at_ms": int(lease_end) if is_claimed and not has_ended else None,
             "fence": int(fence) or None,
             "on_expiry": on_expiry,

@@ -74,7 +74,9 @@ class Permit:
             if self.lost.is_set() or left_s <= needs_s:
                 state = "nothing was begun, and it is cancelled on the way out; dispatch it again"
                 if self.has_begun:
-                    state = "it was begun before, and unless you say what came of that, nobody knows"
+                    state = (
+                        "it was begun before, and unless you say what came of that, nobody knows"
+                    )
                 raise LeaseLost(
                     f"too little is left of the lease of {self.id} ({max(left_s, 0):.3f} s): do not "
                     f"send; {state}",

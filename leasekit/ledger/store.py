@@ -18,6 +18,7 @@ import msgspec
 from leasekit import codec
 from leasekit.coalesce import Reply, Variant
 from leasekit.errors import Conflict, LeasekitError
+from leasekit.gate import Gate, Intent
 from leasekit.keys import encode_word
 from leasekit.scope import Scope, word_of
 from leasekit.scripts import Argument, Script, script
@@ -93,9 +94,8 @@ class Transaction:
         """From now until the commit no record of this run may be changed, added or removed."""
         self._guards[run] = await self._store.guard(run)
 
-    def saw(self, found: Stored) -> None:
-        """A record that was read on a page must not change until the commit."""
-        self._read[found.name] = found.revision
+    def has_read(self, name: str) -> bool:
+        return name in self._read
 
     def put(self, name: str, listed: Listed, doc: bytes) -> None:
         """Write a record that was read in this transaction, or is known not to be there."""
@@ -167,6 +167,10 @@ class Store:
             lambda item, context, reply: int(item[1]),
         )
         return count
+
+    async def intent(self, id: str, *, now_ms: int | None = None) -> Intent | None:
+        """An intent of the gate, by its id."""
+        return await Gate(self._scope).get(id, now_ms=now_ms)
 
     async def page(
         self,

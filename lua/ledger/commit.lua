@@ -49,7 +49,7 @@ for i = 1, count do
   if kind == "put" and not string.find(words, "^%d+ %S+ %S+ [01] %S+$") then
     return refuse("words")
   end
-  if kind == "intent" and not string.find(words, "^%S+ %S+ %d+ %d+ %d+ %d+ %S+ %S+ .*$") then
+  if kind == "intent" and not string.find(words, "^%S+ %S+ %d+ %d+ %d+ %d+ %d+ %S+ %S+ .*$") then
     return refuse("words")
   end
   if kind == "guard" then
@@ -128,8 +128,9 @@ for i = 1, count do
       places[n + 1], places[n + 2] = "0", place
     end
   elseif kind == "intent" then
-    local status, on_expiry, attempts, created_at, claimed_at, lease_end, run, key_digest, owner =
-      string.match(words, "^(%S+) (%S+) (%d+) (%d+) (%d+) (%d+) (%S+) (%S+) (.*)$")
+    local status, on_expiry, attempts, created_at, changed_at, claimed_at, lease_end, run,
+      key_digest, owner = string.match(words,
+      "^(%S+) (%S+) (%d+) (%d+) (%d+) (%d+) (%d+) (%S+) (%S+) (.*)$")
     local row = rows[name] or {
       id = name, fence = "0", asks = "0", ask_token = "~", ask_fence = "0", ask_end = "0",
       ask_at = "0", arguments_digest = "~",
@@ -137,7 +138,7 @@ for i = 1, count do
     row.status, row.cause, row.token, row.on_expiry = status, "ledger", commit, on_expiry
     row.attempts, row.created_at, row.claimed_at = attempts, created_at, claimed_at
     row.lease_end, row.run, row.key_digest = tonumber(lease_end), run, key_digest
-    row.revision, row.owner = tonumber(revision) + 1, owner
+    row.revision, row.owner, row.changed_at = tonumber(revision) + 1, owner, changed_at
     changed[#changed + 1] = row
     local n = #intent_pairs
     intent_pairs[n + 1], intent_pairs[n + 2] = name, doc

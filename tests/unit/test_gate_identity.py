@@ -27,7 +27,6 @@ from leasekit.gate.identity import (
     intent_document,
     is_gated,
     key_digest,
-    normalised,
     outbox_id,
     payload_digest,
     provider_of,
@@ -627,7 +626,7 @@ def test_a_key_is_22_characters(one: str, other: str) -> None:
 )
 def test_a_run_is_one_word(run_id: str, normal: str, word: str) -> None:
     """nk of spec/reliability 0.2, encoded; ASCII letters only change their case."""
-    assert normalised(run_id) == normal
+    assert codec.normalised(run_id) == normal
     assert run_word(run_id) == word
 
 
@@ -635,8 +634,8 @@ def test_a_run_is_one_word(run_id: str, normal: str, word: str) -> None:
 def test_no_run_is_taken_for_none(run_id: str) -> None:
     """`~` alone is no encoded word, so runs and their absence stay apart."""
     assert run_word(None) == "~"
-    if normalised(run_id):
-        assert keys.decode_word(run_word(run_id)) == normalised(run_id)
+    if codec.normalised(run_id):
+        assert keys.decode_word(run_word(run_id)) == codec.normalised(run_id)
 
 
 # --- the intent's document ------------------------------------------------------------------------

@@ -1,0 +1,198 @@
+"""How each kind of record is named and filed: the one place that knows the lists.
+
+Source: spec/reliability 4.1, 4.11, 5.1, 6.3, 6.12, 7.5; lua/PROTOCOL.md, "Ledger".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from leasekit import codec
+from leasekit.keys import encode_word
+from leasekit.ledger.records import (
+    Compensation,
+    DeadLetter,
+    PolicyDecision,
+    Run,
+    RunSnapshot,
+    ToolEffect,
+    Wait,
+)
+from leasekit.ledger.recovery import is_superseded
+from leasekit.ledger.store import NO_SOURCE, Listed, name_of, place
+
+__all__ = [
+    "COMPENSATIONS",
+    "DEAD_LETTERS",
+    "DECISIONS",
+    "EFFECTS",
+    "RUNS",
+    "SNAPSHOTS",
+    "WAITS",
+    "Collection",
+    "run_word",
+    "word",
+]
+
+NO_RUN = "~"
+NEVER_MS = codec.INSTANT_MS_MAX
+DUE = "waits:due"
+TERMINAL_WAITS = frozenset({"woken", "timed_out", "escalated", "cancelled"})
+ENDED_COMPENSATIONS = frozenset({"completed", "cancelled"})
+
+Record = TypeVar("Record", bound=msgspec.Struct)
+
+
+def word(text: str | None) -> str:
+    """What pages filter by: normalised (spec 0.2), as one word; `~` for none."""
+    return encode_word(codec.normalised(text or "")) or NO_SOURCE
+
+
+def run_word(run_id: str | None) -> str:
+    """A run as pages and guards know it: runs whose names differ in case or `-` are one (spec 4.11)."""
+    return word(run_id)
+
+
+class Collection(Generic[Record]):
+    """One kind of record: how it is named, where it stands, how it is read and written."""
+
+    def __init__(
+        self,
+        name: str,
+        kind: type[Record],
+        *,
+        parts: Callable[[Any], tuple[str, ...]],
+        order: Callable[[Any], int],
+        status: Callable[[Any], str],
+        source: Callable[[Any], str | None] = lambda record: None,
+        run: Callable[[Any], str | None] = lambda record: record.run_id,
+        is_active: Callable[[Any], bool] = lambda record: True,
+        more: Callable[[Any], tuple[str, ...]] = lambda record: (),
+    ) -> None:
+        self.name = name
+        self._kind = kind
+        self._parts = parts
+        self._order = order
+        self._status = status
+        self._source = source
+        self._run = run
+        self._is_active = is_active
+        self._more = more
+
+    def name_of(self, *parts: str) -> str:
+        """The stored name of the record with that id; waits and snapshots are named by run and id."""
+        return name_of(self.name, *parts)
+
+    def name_for(self, record: Record) -> str:
+        return self.name_of(*self._parts(record))
+
+    def list_of(self, run_id: str | None) -> str:
+        """The list of all records, or of those of a run."""
+        return self.name if run_id is None else f"{self.name}:{run_word(run_id)}"
+
+    def run_of(self, record: Record) -> str:
+        return run_word(self._run(record))
+
+    def listed(self, record: Record) -> Listed:
+        """The lists a record stands in, and what pages filter it by."""
+        run, order = self.run_of(record), self._order(record)
+        lists = [self.name, *self._more(record)]
+        if run != NO_RUN:
+            lists.append(f"{self.name}:{run}")
+        tail = self.name_for(record).partition("/")[2]
+        return Listed(
+            places=tuple(place(listed, order, tail) for listed in lists),
+            created_at_ms=getattr(record, "created_at_ms", 0),
+            status=word(self._status(record)),
+            run=run,
+            source=word(self._source(record)),
+            is_active=self._is_active(record),
+        )
+
+    def encode(self, record: Record) -> bytes:
+        text: bytes = msgspec.json.encode(record)
+        return text
+
+    def decode(self, doc: bytes) -> Record:
+        return msgspec.json.decode(doc, type=self._kind)
+
+
+def _updated(record: Any) -> int:
+    at: int = record.updated_at_ms
+    return at
+
+
+def _status(record: Any) -> str:
+    status: str = record.status
+    return status
+
+
+EFFECTS = Collection(
+    "effects",
+    ToolEffect,
+    parts=lambda record: (record.effect_id,),
+    order=_updated,
+    status=_status,
+    source=lambda record: record.source_kind,
+)
+DEAD_LETTERS = Collection(
+    "dead_letters",
+    DeadLetter,
+    parts=lambda record: (record.dead_letter_id,),
+    order=_updated,
+    status=_status,
+    source=lambda record: record.source_type,
+    is_active=lambda record: not is_superseded(record.metadata),
+)
+COMPENSATIONS = Collection(
+    "compensations",
+    Compensation,
+    parts=lambda record: (record.compensation_id,),
+    order=_updated,
+    status=_status,
+    is_active=lambda record: (
+        record.status not in ENDED_COMPENSATIONS and not is_superseded(record.metadata)
+    ),
+)
+
+
+def due_of(wait: Wait) -> int:
+    """When a wait is due: the earlier of waking and giving up; never, where it has neither."""
+    timeout = wait.timeout_policy.timeout_at_ms if wait.timeout_policy else None
+    return min((at for at in (wait.wake_at_ms, timeout) if at is not None), default=NEVER_MS)
+
+
+WAITS = Collection(
+    "waits",
+    Wait,
+    parts=lambda record: (record.run_id, record.wait_id),
+    order=due_of,
+    status=_status,
+    source=lambda record: record.wait_kind,
+    more=lambda record: () if record.status in TERMINAL_WAITS else (DUE,),
+)
+RUNS = Collection(
+    "runs",
+    Run,
+    parts=lambda record: (record.run_id,),
+    order=_updated,
+    status=_status,
+    source=lambda record: record.kind,
+)
+SNAPSHOTS = Collection(
+    "snapshots",
+    RunSnapshot,
+    parts=lambda record: (record.run_id, record.snapshot_id),
+    order=lambda record: record.seq,
+    status=_status,
+)
+DECISIONS = Collection(
+    "decisions",
+    PolicyDecision,
+    parts=lambda record: (record.decision_id,),
+    order=lambda record: record.created_at_ms,
+    status=lambda record: record.decision,
+)
