@@ -222,7 +222,7 @@ class Ledger:
             row = recovery.outbox_row(running, now)
             receipt = recovery.receipt_of(running, row, actor=who, reason=reason, now_ms=now)
             done = recovery.ended(running, receipt, now)
-            letters = await self._letters_of(transaction, done, now_ms)
+            letters = await self._letters_of(transaction, done)
             linked = recovery.linked(letters, done, actor=who, reason=reason, now_ms=now)
             intent = await self._store.intent(row["outbox_id"], now_ms=now_ms)
             revision = 0 if intent is None else intent.revision
@@ -255,7 +255,7 @@ class Ledger:
             return Execution(
                 compensation=compensation,
                 receipt_effect=receipt,
-                linked_dead_letters=await self._letters_of(transaction, compensation, None),
+                linked_dead_letters=await self._letters_of(transaction, compensation),
                 already_completed=True,
             )
         lacks_approval = compensation.approval_required and compensation.status in UNAPPROVED
@@ -310,10 +310,10 @@ class Ledger:
                 raise
 
     async def _letters_of(
-        self, transaction: Transaction, compensation: Compensation, now_ms: int | None
+        self, transaction: Transaction, compensation: Compensation
     ) -> list[DeadLetter]:
         """The dead letters that a compensation settles."""
-        letters = await self._walk(DEAD_LETTERS, compensation.run_id, now_ms)
+        letters = await self._walk(DEAD_LETTERS, compensation.run_id, transaction.given_ms)
         return [
             letter for letter in letters if letter.compensation_id == compensation.compensation_id
         ]

@@ -75,9 +75,10 @@ class IntentChange(msgspec.Struct, frozen=True):
 class Transaction:
     """One attempt at a change: remembers what was read, and gathers what is to be written."""
 
-    def __init__(self, store: Store, now_ms: int) -> None:
+    def __init__(self, store: Store, now_ms: int, given_ms: int | None) -> None:
         self._store = store
         self.now_ms = now_ms
+        self.given_ms = given_ms
         self._read: dict[str, int] = {}
         self._guards: dict[str, int] = {}
         self._puts: dict[str, tuple[Listed, bytes]] = {}
@@ -86,13 +87,13 @@ class Transaction:
 
     async def get(self, name: str) -> bytes | None:
         """The JSON of a record, which then must not change until the commit; None if there is none."""
-        [found] = await self._store.get([name])
+        [found] = await self._store.get([name], now_ms=self.given_ms)
         self._read[name] = found.revision if found else 0
         return found.doc if found else None
 
     async def guard(self, run: str) -> None:
         """From now until the commit no record of this run may be changed, added or removed."""
-        self._guards[run] = await self._store.guard(run)
+        self._guards[run] = await self._store.guard(run, now_ms=self.given_ms)
 
     def has_read(self, name: str) -> bool:
         return name in self._read
@@ -227,7 +228,7 @@ class Store:
             await scope.register()
         pause_ms = float(PAUSE_FIRST_MS)
         for _ in range(ATTEMPTS_MAX):
-            transaction = Transaction(self, await self.now_ms(now_ms))
+            transaction = Transaction(self, await self.now_ms(now_ms), now_ms)
             result = await decide(transaction)
             if transaction.is_empty or await self._commit(transaction, now_ms):
                 return result
