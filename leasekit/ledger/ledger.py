@@ -16,6 +16,7 @@ from leasekit.gate import Gate, Intent, Permit, PreSendEvent, Source
 from leasekit.gate.identity import key_digest
 from leasekit.ledger import bridge as bridging
 from leasekit.ledger import recovery
+from leasekit.ledger.events import Events, Snapshots
 from leasekit.ledger.filing import COMPENSATIONS, DEAD_LETTERS, EFFECTS, Collection, run_word, word
 from leasekit.ledger.records import (
     Compensation,
@@ -28,6 +29,7 @@ from leasekit.ledger.records import (
 )
 from leasekit.ledger.recovery import Execution
 from leasekit.ledger.store import IntentChange, Store, Transaction
+from leasekit.ledger.waits import Waits
 from leasekit.model import Page
 from leasekit.scope import PAGE_LIMIT_DEFAULT, Scope, decode_cursor, encode_cursor
 
@@ -106,6 +108,9 @@ class Ledger:
         self.effects = Records(store, EFFECTS)
         self.dead_letters = Records(store, DEAD_LETTERS)
         self.compensations = Records(store, COMPENSATIONS)
+        self.waits = Waits(store)
+        self.events = Events(store)
+        self.snapshots = Snapshots(store)
 
     async def record_external_action(
         self, scope: StatefulRuntimeScope, action: ExternalAction, *, now_ms: int | None = None
