@@ -5,7 +5,7 @@ Source: spec/reliability 5.1-5.3, 5.8.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from leasekit import codec
 from leasekit.errors import InvalidInput
@@ -73,7 +73,7 @@ class Waits:
             found += [wait for wait in decoded if run_id is None or wait.run_id == run_id]
         return _in_order(found)[:limit]
 
-    async def due(self, *, limit: int = 100, now_ms: int | None = None) -> list[Wait]:
+    async def due(self, *, limit: int = 100, now_ms: int | None = None) -> Sequence[Wait]:
         """Waits that are due and that nobody works on, in order. limit: 1..1 000."""
         codec.check_whole(limit, "limit", 1, codec.BATCH_MAX)
         now = await self._store.now_ms(now_ms)
