@@ -40,6 +40,8 @@ __all__ = [
 NO_RUN = "~"
 NEVER_MS = codec.INSTANT_MS_MAX
 DUE = "waits:due"
+QUEUED = "runs:~queued"
+LEASED = "runs:~leased"
 TERMINAL_WAITS = frozenset({"woken", "timed_out", "escalated", "cancelled"})
 ENDED_COMPENSATIONS = frozenset({"completed", "cancelled"})
 
@@ -70,7 +72,7 @@ class Collection(Generic[Record]):
         source: Callable[[Any], str | None] = lambda record: None,
         run: Callable[[Any], str | None] = lambda record: record.run_id,
         is_active: Callable[[Any], bool] = lambda record: True,
-        more: Callable[[Any], tuple[str, ...]] = lambda record: (),
+        more: Callable[[Any], dict[str, int]] = lambda record: {},
     ) -> None:
         self.name = name
         self._kind = kind
@@ -99,12 +101,12 @@ class Collection(Generic[Record]):
     def listed(self, record: Record) -> Listed:
         """The lists a record stands in, and what pages filter it by."""
         run, order = self.run_of(record), self._order(record)
-        lists = [self.name, *self._more(record)]
+        lists = {self.name: order} | self._more(record)
         if run != NO_RUN:
-            lists.append(f"{self.name}:{run}")
+            lists[f"{self.name}:{run}"] = order
         tail = self.name_for(record).partition("/")[2]
         return Listed(
-            places=tuple(place(listed, order, tail) for listed in lists),
+            places=tuple(place(listed, at, tail) for listed, at in lists.items()),
             created_at_ms=getattr(record, "created_at_ms", 0),
             status=word(self._status(record)),
             run=run,
@@ -172,8 +174,19 @@ WAITS = Collection(
     order=due_of,
     status=_status,
     source=lambda record: record.wait_kind,
-    more=lambda record: () if record.status in TERMINAL_WAITS else (DUE,),
+    more=lambda record: {} if record.status in TERMINAL_WAITS else {DUE: due_of(record)},
 )
+
+
+def _of_runs(run: Run) -> dict[str, int]:
+    """Runs that may be claimed, in the order of their making, and those whose claim ends."""
+    if run.status == "queued":
+        return {QUEUED: run.created_at_ms}
+    if run.execution_claim is not None:
+        return {LEASED: run.execution_claim.lease_expires_at_ms}
+    return {}
+
+
 RUNS = Collection(
     "runs",
     Run,
@@ -181,6 +194,7 @@ RUNS = Collection(
     order=_updated,
     status=_status,
     source=lambda record: record.kind,
+    more=_of_runs,
 )
 SNAPSHOTS = Collection(
     "snapshots",

@@ -28,6 +28,7 @@ from leasekit.ledger.records import (
     operator_principal,
 )
 from leasekit.ledger.recovery import Execution
+from leasekit.ledger.runs import Runs
 from leasekit.ledger.store import IntentChange, Store, Transaction
 from leasekit.ledger.waits import Waits
 from leasekit.model import Page
@@ -110,6 +111,7 @@ class Ledger:
         self.compensations = Records(store, COMPENSATIONS)
         self.waits = Waits(store)
         self.events = Events(store)
+        self.runs = Runs(store, self.events)
         self.snapshots = Snapshots(store)
 
     async def record_external_action(
