@@ -13,6 +13,7 @@ import msgspec
 from leasekit import codec
 from leasekit.keys import encode_word
 from leasekit.ledger.records import (
+    AuditEvent,
     Compensation,
     DeadLetter,
     PolicyDecision,
@@ -25,6 +26,7 @@ from leasekit.ledger.recovery import is_superseded
 from leasekit.ledger.store import NO_SOURCE, Listed, name_of, place
 
 __all__ = [
+    "AUDIT",
     "COMPENSATIONS",
     "DEAD_LETTERS",
     "DECISIONS",
@@ -202,6 +204,15 @@ SNAPSHOTS = Collection(
     parts=lambda record: (record.run_id, record.snapshot_id),
     order=lambda record: record.seq,
     status=_status,
+)
+AUDIT = Collection(
+    "audit",
+    AuditEvent,
+    parts=lambda record: (record.event_id,),
+    order=lambda record: record.seq,
+    status=lambda record: record.durability,
+    source=lambda record: record.event_type,
+    run=lambda record: None,
 )
 DECISIONS = Collection(
     "decisions",

@@ -16,6 +16,7 @@ from leasekit.gate import Gate, Intent, Permit, PreSendEvent, Source
 from leasekit.gate.identity import key_digest
 from leasekit.ledger import bridge as bridging
 from leasekit.ledger import recovery
+from leasekit.ledger.audit import Audit, Decisions
 from leasekit.ledger.events import Events, Snapshots
 from leasekit.ledger.filing import COMPENSATIONS, DEAD_LETTERS, EFFECTS, Collection, run_word, word
 from leasekit.ledger.records import (
@@ -113,6 +114,8 @@ class Ledger:
         self.events = Events(store)
         self.runs = Runs(store, self.events)
         self.snapshots = Snapshots(store)
+        self.decisions = Decisions(store)
+        self.audit = Audit(store)
 
     async def record_external_action(
         self, scope: StatefulRuntimeScope, action: ExternalAction, *, now_ms: int | None = None

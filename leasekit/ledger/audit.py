@@ -1,0 +1,193 @@
+"""`tenant.ledger.audit` and `.decisions`: what was decided, and a chain that shows if it was changed.
+
+Each tenant has a chain of its own: every event holds the hash of the one before. An event is added only
+behind a head that fits, and a chain that does not fit is never added to.
+
+Source: spec/reliability 6.12; design 9.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from typing import Any, Literal
+
+import msgspec
+
+from leasekit import codec
+from leasekit.errors import CorruptState
+from leasekit.ledger.filing import AUDIT, DECISIONS
+from leasekit.ledger.records import AuditEvent, PolicyDecision
+from leasekit.ledger.store import Listed, Store, Transaction, name_of
+from leasekit.model import Page
+from leasekit.scope import PAGE_LIMIT_DEFAULT, decode_cursor, encode_cursor
+
+__all__ = ["Audit", "Decisions", "record_hash"]
+
+HEAD = name_of("audit_head", "head")
+DECISIONS_MAX = 500
+
+
+class _Head(msgspec.Struct, frozen=True):
+    """Where a chain ends."""
+
+    seq: int
+    record_hash: str
+
+
+def record_hash(event: AuditEvent) -> str:
+    """SHA-256 over the event's JSON in the order of its fields, without the hash itself."""
+    fields: dict[str, Any] = msgspec.to_builtins(event)
+    fields.pop("record_hash", None)
+    return hashlib.sha256(msgspec.json.encode(fields)).hexdigest()
+
+
+class Audit:
+    """The audit chain of one tenant."""
+
+    __slots__ = ("_store",)
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def append(
+        self,
+        event_type: str,
+        payload: Any,
+        *,
+        actor: str | None = None,
+        durability: Literal["best_effort", "durable_required"] = "durable_required",
+        requester_context: Any = None,
+        event_id: str | None = None,
+        now_ms: int | None = None,
+    ) -> AuditEvent:
+        """Add an event to the chain; the same event_id again gives the first one back.
+
+        Raises CorruptState where the chain's last event does not fit its head: run `verify`.
+        """
+        codec.check_text(event_type, "event_type")
+        codec.canonical_json(payload, "payload", bytes_max=codec.DOCUMENT_BYTES_MAX)
+        identity = str(uuid.uuid4()) if event_id is None else codec.check_text(event_id, "event_id")
+        context = self._store.scope.context
+
+        async def add(transaction: Transaction) -> AuditEvent:
+            name = AUDIT.name_of(identity)
+            if (known := await transaction.get(name)) is not None:
+                return AUDIT.decode(known)
+            doc = await transaction.get(HEAD)
+            head = _Head(0, "") if doc is None else msgspec.json.decode(doc, type=_Head)
+            event = AuditEvent(
+                event_id=identity,
+                durability=durability,
+                event_type=event_type,
+                tenant_context=context,
+                requester_context=requester_context,
+                actor=actor if actor is not None else context.actor_id,
+                payload=payload,
+                created_at_ms=transaction.now_ms,
+                seq=head.seq + 1,
+                prev_hash=head.record_hash or None,
+            )
+            event = msgspec.structs.replace(event, record_hash=record_hash(event))
+            transaction.put(name, AUDIT.listed(event), AUDIT.encode(event))
+            end = msgspec.json.encode(_Head(event.seq, event.record_hash))
+            transaction.put(HEAD, Listed((), event.created_at_ms, "head", "~"), end)
+            return event
+
+        return await self._store.transact(add, now_ms=now_ms)
+
+    async def list(
+        self,
+        *,
+        limit: int = PAGE_LIMIT_DEFAULT,
+        cursor: str | None = None,
+        newest: bool = False,
+        now_ms: int | None = None,
+    ) -> Page[AuditEvent]:
+        """A page of the chain, in its order or from its end. limit: 1..1 000."""
+        codec.check_whole(limit, "limit", 1, codec.BATCH_MAX)
+        position = decode_cursor(cursor, (str,))
+        found, after = await self._store.page(
+            AUDIT.name,
+            AUDIT.name,
+            limit=limit,
+            after=position[0] if position else "",
+            newest=newest,
+            now_ms=now_ms,
+        )
+        items = [AUDIT.decode(one.doc) for one in found]
+        return Page(items, None if after is None else encode_cursor(after))
+
+    async def verify(self, *, now_ms: int | None = None) -> int:
+        """Walk the whole chain; gives the number of events. Raises CorruptState naming the first that
+        does not fit: it, or one before it, was changed, added or taken out."""
+        count = 0
+        last: AuditEvent | None = None
+        cursor: str | None = None
+        while True:
+            page = await self.list(limit=codec.BATCH_MAX, cursor=cursor, now_ms=now_ms)
+            for event in page.items:
+                fits = (
+                    event.seq == (1 if last is None else last.seq + 1)
+                    and event.prev_hash == (None if last is None else last.record_hash)
+                    and event.record_hash == record_hash(event)
+                )
+                if not fits:
+                    raise CorruptState(
+                        f"the audit chain does not fit at event {event.event_id} (place {event.seq}): "
+                        "it, or one before it, was changed, added or taken out; compare with a snapshot",
+                        tenant=self._store.scope.tag,
+                        id=event.event_id,
+                    )
+                last, count = event, count + 1
+            if (cursor := page.next_cursor) is None:
+                return count
+
+
+class Decisions:
+    """What policies said of calls."""
+
+    __slots__ = ("_store",)
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def record(
+        self, decision: PolicyDecision, *, now_ms: int | None = None
+    ) -> PolicyDecision:
+        """Write a decision; one with the same id is replaced."""
+        codec.check_text(decision.decision_id, "decision_id")
+
+        async def write(transaction: Transaction) -> PolicyDecision:
+            name = DECISIONS.name_for(decision)
+            await transaction.get(name)
+            transaction.put(name, DECISIONS.listed(decision), DECISIONS.encode(decision))
+            return decision
+
+        return await self._store.transact(write, now_ms=now_ms)
+
+    async def get(self, decision_id: str, *, now_ms: int | None = None) -> PolicyDecision | None:
+        """A decision by its id; None if there is none."""
+        codec.check_text(decision_id, "decision_id")
+        [found] = await self._store.get([DECISIONS.name_of(decision_id)], now_ms=now_ms)
+        return None if found is None else DECISIONS.decode(found.doc)
+
+    async def of_run(
+        self, run_id: str, *, limit: int = PAGE_LIMIT_DEFAULT, now_ms: int | None = None
+    ) -> list[PolicyDecision]:
+        """The decisions about a run, the newest first. limit: brought within 1 and 500."""
+        wanted = min(max(limit, 1), DECISIONS_MAX)
+        found: list[PolicyDecision] = []
+        after: str | None = ""
+        while after is not None and len(found) < wanted:
+            page, after = await self._store.page(
+                DECISIONS.name,
+                DECISIONS.list_of(run_id),
+                limit=codec.BATCH_MAX,
+                after=after,
+                now_ms=now_ms,
+            )
+            # Lists know runs by their normalised names; decisions are of one run exactly.
+            decoded = [DECISIONS.decode(one.doc) for one in page]
+            found += [decision for decision in decoded if decision.run_id == run_id]
+        return found[:wanted]
