@@ -117,6 +117,10 @@ class Ledger:
         self.decisions = Decisions(store)
         self.audit = Audit(store)
 
+    async def now_ms(self, now_ms: int | None = None) -> int:
+        """The server's clock, or the caller's."""
+        return await self._store.now_ms(now_ms)
+
     async def record_external_action(
         self, scope: StatefulRuntimeScope, action: ExternalAction, *, now_ms: int | None = None
     ) -> ToolEffect:
