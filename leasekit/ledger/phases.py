@@ -5,12 +5,23 @@ Source: spec/reliability 5.4.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from leasekit.errors import Conflict
 from leasekit.ledger.records import PhaseTransition, Run
+from leasekit.ledger.redaction import merged
 
-__all__ = ["ALLOWED_NEXT", "PHASE_OF", "derived", "observed", "transition", "with_status"]
+__all__ = [
+    "ALLOWED_NEXT",
+    "PHASE_OF",
+    "derived",
+    "observed",
+    "requeued",
+    "transition",
+    "with_status",
+]
 
 OBSERVED = "stateful_runtime.phase.observed"
 TRANSITION = "stateful_runtime.phase.transition"
@@ -116,6 +127,19 @@ def derived(
         step = transition(run_id, before, status, at_ms, phase_id=phase_id, reason=reason)
         steps = [*history, step]
     return phase, steps, list(ALLOWED_NEXT[phase])
+
+
+def requeued(run: Run, now_ms: int, metadata: Any) -> Run:
+    """A run back in line: no step of its phases, for it goes on where it was once it is claimed."""
+    return msgspec.structs.replace(
+        run,
+        status="queued",
+        phase="queued",
+        allowed_next_phases=list(ALLOWED_NEXT["queued"]),
+        execution_claim=None,
+        updated_at_ms=now_ms,
+        metadata=merged(run.metadata, metadata),
+    )
 
 
 def with_status(run: Run, status: str, now_ms: int, *, reason: str | None = None) -> Run:

@@ -18,7 +18,6 @@ from leasekit.ledger import phases
 from leasekit.ledger.events import Events
 from leasekit.ledger.filing import LEASED, QUEUED, RUNS
 from leasekit.ledger.records import ExecutionClaim, Run, RunEvent
-from leasekit.ledger.redaction import merged
 from leasekit.ledger.store import Store, Transaction
 from leasekit.model import Page
 from leasekit.scope import PAGE_LIMIT_DEFAULT, decode_cursor, encode_cursor
@@ -30,6 +29,7 @@ LEASE_MS_MIN, LEASE_MS_MAX = 5_000, 21_600_000
 LIFECYCLE = "stateful_runtime.automation_v2."
 CLAIMED, REQUEUED = "run_execution_claimed", "run_execution_claim_expired_requeued"
 RECLAIM_ROWS = 100
+SETTLED = frozenset({"completed", "cancelled", "dry_run", "queued", "running"})
 
 
 class Runs:
@@ -182,16 +182,20 @@ class Runs:
                 return None
             if run.status != "running" or claim.lease_expires_at_ms > now or _sessions(run):
                 return None
-            # Back in line: not a step of its phases, for nothing of it was executed.
-            queued = msgspec.structs.replace(
-                run,
-                status="queued",
-                phase="queued",
-                allowed_next_phases=list(phases.ALLOWED_NEXT["queued"]),
-                execution_claim=None,
-                updated_at_ms=now,
-                metadata=merged(run.metadata, {"resume_reason": "abandoned_execution_claim"}),
-            )
+            queued = phases.requeued(run, now, {"resume_reason": "abandoned_execution_claim"})
+            self._write(transaction, queued)
+            return queued
+
+        return await self._store.transact(change, now_ms=now_ms)
+
+    async def requeue(self, run_id: str, reason: str, *, now_ms: int | None = None) -> Run | None:
+        """Put a run back in line that waits, pauses or has failed; one that is over, or in line, stays."""
+
+        async def change(transaction: Transaction) -> Run | None:
+            run = await self._read(transaction, run_id)
+            if run is None or run.status in SETTLED:
+                return None
+            queued = phases.requeued(run, transaction.now_ms, {"resume_reason": reason})
             self._write(transaction, queued)
             return queued
 
@@ -208,15 +212,7 @@ class Runs:
             if run is None or run.status != "running" or run.execution_claim_epoch != epoch:
                 return None
             pause = {"queue_reason": "retry_backoff", "retry_after_ms": retry_after_ms}
-            queued = msgspec.structs.replace(
-                run,
-                status="queued",
-                phase="queued",
-                allowed_next_phases=list(phases.ALLOWED_NEXT["queued"]),
-                execution_claim=None,
-                updated_at_ms=now,
-                metadata=merged(run.metadata, {"scheduler": pause}),
-            )
+            queued = phases.requeued(run, now, {"scheduler": pause})
             self._write(transaction, queued)
             return queued
 

@@ -72,15 +72,16 @@ def action_of(wait: Wait, at_ms: int) -> tuple[Action, int] | None:
     """What is to be done at an instant, and since when it is due; None while nothing is. Where both are
     due, the timeout counts unless waking was due before it."""
     policy = wait.timeout_policy
-    wakes = wait.wake_at_ms is not None and wait.wake_at_ms <= at_ms
-    if policy is not None and policy.timeout_at_ms <= at_ms:
-        if not wakes or wait.wake_at_ms is None or policy.timeout_at_ms <= wait.wake_at_ms:
-            if policy.on_timeout == "remind" and (policy.remind_every_ms or 0) > 0:
-                return REMINDER, policy.timeout_at_ms
-            return ON_TIMEOUT[policy.on_timeout], policy.timeout_at_ms
-    if wakes and wait.wake_at_ms is not None:
-        return WAKE, wait.wake_at_ms
-    return None
+    wake_at_ms = wait.wake_at_ms
+    if wake_at_ms is not None and wake_at_ms > at_ms:
+        wake_at_ms = None
+    if policy is None or policy.timeout_at_ms > at_ms:
+        return None if wake_at_ms is None else (WAKE, wake_at_ms)
+    if wake_at_ms is not None and wake_at_ms < policy.timeout_at_ms:
+        return WAKE, wake_at_ms
+    if policy.on_timeout == "remind" and (policy.remind_every_ms or 0) > 0:
+        return REMINDER, policy.timeout_at_ms
+    return ON_TIMEOUT[policy.on_timeout], policy.timeout_at_ms
 
 
 def key_of(wait: Wait, action: Action, due_ms: int) -> str:
@@ -313,9 +314,11 @@ class Scheduler:
         run = await self._ledger.runs.get(run_id, now_ms=now_ms)
         if run is None or _stays(run, action.run_status):
             return
-        status = "queued" if action.run_status == "running" else action.run_status
         try:
-            await self._ledger.runs.set_status(run_id, status, now_ms=now_ms)
+            if action.run_status == "running":
+                await self._ledger.runs.requeue(run_id, "stateful_wait_woken", now_ms=now_ms)
+            else:
+                await self._ledger.runs.set_status(run_id, action.run_status, now_ms=now_ms)
         except Conflict:
             return  # Its phase has moved on meanwhile: what the wait wanted is past.
 
