@@ -74,7 +74,9 @@ class Permit:
             if self.lost.is_set() or left_s <= needs_s:
                 state = "nothing was begun, and it is cancelled on the way out; dispatch it again"
                 if self.has_begun:
-                    state = "it was begun before, and unless you say what came of that, nobody knows"
+                    state = (
+                        "it was begun before, and unless you say what came of that, nobody knows"
+                    )
                 raise LeaseLost(
                     f"too little is left of the lease of {self.id} ({max(left_s, 0):.3f} s): do not "
                     f"send; {state}",
@@ -169,11 +171,12 @@ class Dispatch(AbstractAsyncContextManager[Permit]):
     async def __aenter__(self) -> Permit:
         gate, token = self._gate, codec.new_token()
         try:
-            receipt = await gate.prepare(
+            receipt = await gate._prepare(
                 self._event,
                 on_expiry=self._on_expiry,
                 durability=self._durability,
                 token=token,
+                is_nobodys=True,
                 lease_ms=self._lease_ms,
                 owner=self._owner,
             )
