@@ -429,7 +429,7 @@ class Coalescer:
         for name, reply in (("barrier's write", moved), ("WAIT", reached)):
             if isinstance(reply, ResponseError):
                 if scripts.is_missing(reply):
-                    # The next flight finds it again.
+                    # Ahead of whatever flight is the next, and of this one where it is sent again.
                     self._wire.send([scripts.load_command(_BARRIER, shebang=self._shebang)])
                 code = str(reply).partition(" ")[0]
                 return _Shortfall(0, wanted, f"the server refused the {name} ({code})")
@@ -521,10 +521,7 @@ class Coalescer:
 
     def _load_and_send(self, parts: list[_Part]) -> None:
         """The server lost its scripts (SCRIPT FLUSH, a restart behind a proxy): nothing was run."""
-        missing = {group.script.name: group.script for group, _ in parts}
-        if self._barrier_key is not None:
-            missing[_BARRIER.name] = _BARRIER
-        loads = [scripts.load_command(one, shebang=self._shebang) for one in missing.values()]
+        loads = [scripts.load_command(group.script, shebang=self._shebang) for group, _ in parts]
         self._wire.send(loads)
         self._send(parts, just_loaded=True)
 

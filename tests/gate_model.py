@@ -48,6 +48,7 @@ PROMISES = {
     "sent is true": "sent is recorded only of what was applied",
     "own word counts": "what a sender knows of its grant is recorded while nobody else has one",
     "unknown stays": "what reads as unknown is claimed again only after it was decided",
+    "freed stays": "what was freed for another sender is not ended by a refusal of the first",
     "given back": "a token that was given back is not granted while nobody else was since",
     "fences rise": "a fence is above all that were given before, over a failover too",
     "time to settle": "reconcile turns away nothing that lands within the time to settle",
@@ -85,6 +86,7 @@ RULES = {
     # Completion, extension
     "token": Rule("completion is by token", "by anybody", "one sender", "lost"),
     "rank": Rule("a lower word changes nothing", "the last word counts", "sent stays", "twice"),
+    "freed": Rule("what was freed is not failed", "its old sender may", "freed stays", "asked"),
     "late": Rule("completion looks at no clock", "late is refused", "own word counts", "plain"),
     "extend": Rule("extension ends with the lease", "it does not", "unknown stays", "longer"),
     "extend token": Rule("extension is by token", "by anybody", "own lease", "reclaim"),
@@ -179,7 +181,9 @@ class Gate:
         if row.token != token and self.broken != "token":
             return row, "lost"
         is_again = result == row.cause == "left"
-        applies = (RANK[wanted] > RANK[row.status] and not is_again) or self.broken == "rank"
+        is_freed = row.status == "cancelled" and row.cause != "blocked" and self.broken != "freed"
+        applies = RANK[wanted] > RANK[row.status] and not is_again
+        applies = (applies and not (is_freed and result == "failed")) or self.broken == "rank"
         if self.broken == "late" and status == "unknown":
             return row, "lost"
         if not applies:
@@ -739,6 +743,8 @@ class Model:
             return "sent stays"
         if new.status == "sent" and not after.applied:
             return "sent is true"
+        if (new.status, old.status) == ("failed", "cancelled") and old.cause != "blocked":
+            return "freed stays"
         if new.status == "claimed":
             if (new.token, new.fence) == (old.token, old.fence):
                 if old.read(0) == "unknown" and new.read(0) == "claimed":

@@ -3,6 +3,7 @@
     app       the commands, their options and help         reading   what is asked of the server
     operating the operators' commands                      looking   what they ask of the server
     checkup   what `leasekit doctor` looks at              changing  what they change there
+    gating    the gate's commands                          intents   what they ask and decide
     tables    answers for people                           failures  errors as one line and an exit code
 
 Exit codes: 0 all is well; 1 a promise was broken, or data is damaged; 2 the command or its input is

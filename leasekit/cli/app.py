@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from leasekit.cli import reading, tables
+from leasekit.cli import intents, reading, tables
 from leasekit.cli.failures import EXIT_BROKEN, EXIT_NO_READER, report
 from leasekit.cli.reading import Document, open_kit, tenant_named
 from leasekit.client import Leasekit
@@ -55,7 +55,7 @@ app = App(
     default_parameter=Parameter(negative=()),
     suppress_keyboard_interrupt=False,
 )
-show_app = App(name="show", help="Show all that is known of one row, idempotency key or lease.")
+show_app = App(name="show", help="Show all that is known of one intent, row, key or lease.")
 app.command(show_app)
 
 
@@ -370,6 +370,38 @@ def keys(*, page: PageOptions = PAGE, common: Common = COMMON) -> None:
     _answer(common, ask, tables.keys_table, ["keys"], page)
 
 
+@show_app.default
+def show(
+    id: str | None = None,
+    /,
+    *,
+    key: str | None = None,
+    reveal: bool = False,
+    common: Common = COMMON,
+) -> None:
+    """Show one intent or row, by its id; an intent also by the key of its call.
+
+    Parameters
+    ----------
+    id
+        The id, as `leasekit intents`, `unknown` or `rows` list it.
+    key
+        Instead of an id: the dispatch id of a call.
+    reveal
+        Show the payload, or the results of calls, too.
+    """
+    wanted = intents.named(id, key)
+    if not intents.is_intent(wanted):
+        show_row(wanted, reveal=reveal, common=common)
+        return
+
+    async def ask(kit: Leasekit) -> Document:
+        tenant = await tenant_named(kit, common.tenant)
+        return await intents.show(kit, tenant, wanted, reveal=reveal)
+
+    _answer(common, ask, tables.intent_text)
+
+
 @show_app.command(name="row")
 def show_row(id: str, /, *, reveal: bool = False, common: Common = COMMON) -> None:
     """Show one row: its state and why, its attempts and errors.
@@ -441,6 +473,8 @@ def _answer(
     show: Callable[[Document], Table | Text],
     command: Sequence[str] = (),
     page: PageOptions = PAGE,
+    *,
+    empty: str = "nothing to show",
 ) -> None:
     """Ask the server and show the answer; `command` is what leads to the next page."""
 
@@ -454,9 +488,10 @@ def _answer(
         return
     console = tables.make_console()
     if "items" in document and not document["items"]:
-        _say(console, "nothing to show")
+        _say(console, empty)
     else:
         shown = show(document)
+        shown = tables.fitted(shown, console) if isinstance(shown, Table) else shown
         console.print(shown, soft_wrap=isinstance(shown, Text))
     if document.get("next_cursor"):
         _say(console, f"more: {_next_command(common, command, page, document['next_cursor'])}")
@@ -498,5 +533,5 @@ def _write_json(document: Document) -> None:
     sys.stdout.write(msgspec.json.encode(document).decode() + "\n")
 
 
-# Registers the operators' commands, which take their options and their form from above.
-from leasekit.cli import operating  # noqa: E402, F401
+# Registers the gate's and the operators' commands, which take their options and their form from above.
+from leasekit.cli import gating, operating  # noqa: E402, F401

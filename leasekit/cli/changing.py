@@ -229,7 +229,7 @@ async def release_row(
         raise InvalidInput(
             f"row {id} parks: its holder may have sent it, so it must not wait again unasked; "
             "nothing was changed; when its lease has ended, say what became of it with "
-            "tenant.outbox.resolve",
+            "leasekit resolve",
             field="id",
         )
     outcome = "would_change"

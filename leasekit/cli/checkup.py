@@ -15,11 +15,11 @@ import msgspec
 from leasekit import doctor, scripts
 from leasekit.cli.reading import Document
 from leasekit.client import Leasekit, Tenant
-from leasekit.connect import Backend, ServerInfo
+from leasekit.connect import Backend, ResponseError, ServerInfo
 from leasekit.durability import FSYNC_SETTINGS, Durability
 from leasekit.keys import Keys, tenant_parts
 
-__all__ = ["Check", "check_data", "check_server"]
+__all__ = ["Check", "check_data", "check_server", "look_for_unknown"]
 
 DRIFT_SECONDS = 1.0
 OFFSET_WARN_MS = 1_000
@@ -29,6 +29,10 @@ MEMORY_FAIL = 0.95
 TENANTS_A_PAGE = 1_000
 TENANTS_NAMED = 5
 FINDINGS_MAX = 1_000
+UNKNOWN_WARN_MS = 86_400_000
+TENANTS_A_LOOK = 100
+INTENTS_A_PAGE = 500
+INTENTS_LOOKED_AT = 10_000
 TENANT_NEVER = "doctor.asks"  # only named when rights are asked for; nothing is written to it
 
 Facts = Mapping[str, str]
@@ -220,6 +224,28 @@ def check_errors(facts: Facts) -> Check:
     return Check("errors", "warn", what, "the memory was full: raise maxmemory or keep fewer rows")
 
 
+def check_unknown(old: Mapping[str, int], buried: Mapping[str, int]) -> Check:
+    """What nobody knows for longer than a day, and what nobody will be asked about again; by tenant."""
+    told = []
+    if old:
+        told.append(f"{sum(old.values())} unknown for more than a day ({_by_tenant(old)})")
+    if buried:
+        told.append(
+            f"{sum(buried.values())} that no destination could tell of ({_by_tenant(buried)})"
+        )
+    if told:
+        advice = "leasekit unknown and intents --status dead_lettered list them; leasekit resolve"
+        return Check("unknown", "warn", f"intents and parked rows: {'; '.join(told)}", advice)
+    what = "no intent is unknown for more than a day, nor a parked row, as far as claims noted it"
+    return Check("unknown", "ok", what)
+
+
+def _by_tenant(counts: Mapping[str, int]) -> str:
+    most = sorted(counts, key=lambda tag: (-counts[tag], tag))
+    named = ", ".join(f"{_name(tag)} {counts[tag]}" for tag in most[:TENANTS_NAMED])
+    return named + (", ..." if len(most) > TENANTS_NAMED else "")
+
+
 def check_rights(refused: list[str] | None) -> Check:
     if refused is None:
         return Check(
@@ -351,6 +377,68 @@ async def check_data(
             yield Check(f"data of {name}", "fail", what, finding.advice)
         if not count:
             yield Check(f"data of {name}", "ok", "every row, list, count and lease agrees")
+
+
+async def look_for_unknown(kit: Leasekit, tenant: Tenant | None) -> Check:
+    """`check_unknown` of one tenant, or of all that are registered."""
+    try:
+        return check_unknown(*await _count_unknown(kit, tenant))
+    except ResponseError as error:
+        what = f"what is unknown cannot be counted: the server answers {str(error).split()[0]}"
+        return Check("unknown", "fail", what, "doctor --deep says which keys are damaged")
+
+
+async def _count_unknown(
+    kit: Leasekit, tenant: Tenant | None
+) -> tuple[dict[str, int], dict[str, int]]:
+    """By tenant, what is unknown for more than a day, and what is buried as undecidable.
+
+    Reads no intent that is known.
+    """
+    before_ms = await kit.now_ms() - UNKNOWN_WARN_MS
+    tags = [tenant.tag] if tenant else sorted(await _registered(kit))
+    old: dict[str, int] = {}
+    buried: dict[str, int] = {}
+    for start in range(0, len(tags), TENANTS_A_LOOK):
+        some = tags[start : start + TENANTS_A_LOOK]
+        named = [Keys(kit.prefix, tag) for tag in some]
+        counts = await kit.backend.look(
+            *[("ZCOUNT", keys.gate_expiring, "-inf", before_ms) for keys in named],
+            *[("ZCOUNT", keys.outbox_unknown, "-inf", before_ms) for keys in named],
+            *[("ZCARD", keys.gate_unknown) for keys in named],
+            *[("ZCARD", keys.gate_dead) for keys in named],
+        )
+        for i, (tag, keys) in enumerate(zip(some, named, strict=True)):
+            ended, rows, unknown, dead = [int(count) for count in counts[i :: len(some)]]
+            if unknown:
+                # The list stands in the order of its questions: how old one is says its state line.
+                ended += await _count_states(
+                    kit, keys, keys.gate_unknown, lambda state: state.lease_end_ms <= before_ms
+                )
+            if ended + rows:
+                old[tag] = ended + rows
+            if dead and (
+                count := await _count_states(
+                    kit, keys, keys.gate_dead, lambda state: state.cause == "undecidable"
+                )
+            ):
+                buried[tag] = count
+    return old, buried
+
+
+async def _count_states(
+    kit: Leasekit, keys: Keys, members: str, is_meant: Callable[[doctor.IntentState], bool]
+) -> int:
+    """How many intents of a list are meant, of its first INTENTS_LOOKED_AT."""
+    count = 0
+    for start in range(0, INTENTS_LOOKED_AT, INTENTS_A_PAGE):
+        ids = await kit.backend.command("ZRANGE", members, start, start + INTENTS_A_PAGE - 1)
+        if not ids:
+            break
+        for line in await kit.backend.command("HMGET", keys.gate_state, *ids):
+            state = None if line is None else doctor.read_intent_state(line)
+            count += state is not None and is_meant(state)
+    return count
 
 
 async def _with_data(kit: Leasekit, registered: set[str], stored: set[str]) -> set[str]:

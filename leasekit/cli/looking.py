@@ -158,7 +158,8 @@ def why(row: Row, now_ms: int) -> tuple[bool, list[str]]:
     if row.status is RowStatus.UNKNOWN:
         return False, [
             "its holder vanished and it parks: nobody can say whether it was sent",
-            "it leaves by a late ack or nack with its token, or by tenant.outbox.resolve",
+            "it leaves by a late ack or nack with its token, or by a verdict:",
+            f"leasekit resolve {row.id} sent|redrive|dead --reason ...",
         ]
     if row.status is RowStatus.DEAD_LETTERED:
         how = {

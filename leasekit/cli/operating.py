@@ -12,6 +12,7 @@ import getpass
 import logging
 import os
 import shlex
+import socket
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from cyclopts import App, Group, Parameter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from leasekit.cli import changing, checkup, looking, tables
+from leasekit.cli import changing, checkup, intents, looking, tables
 from leasekit.cli.app import (
     COMMON,
     PAGE,
@@ -45,7 +46,7 @@ __all__: list[str] = []
 CHANGES_DEFAULT = 1_000
 PURGE_DEFAULT = 100_000
 
-explain_app = App(name="explain", help="Say why a row, lease or key cannot be had now.")
+explain_app = App(name="explain", help="Say why an intent, row, lease or key cannot be had now.")
 release_app = App(name="release", help="Take a row, lease or key from its holder, for a reason.")
 app.command(explain_app)
 app.command(release_app)
@@ -85,9 +86,9 @@ class Overrule:
     """Options of what overrules a holder."""
 
     reason: str | None = None
-    "Why; required. A row keeps it among its errors."
+    "Why; required. Rows and intents keep it."
     actor: str | None = None
-    "Who says so; your user name by default."
+    "Who says so; your user name and this host's by default."
 
 
 CHANGE = Change()
@@ -120,15 +121,19 @@ def lanes(*, page: PageOptions = PAGE, common: Common = COMMON) -> None:
 
 
 @explain_app.default
-def explain_row(id: str, /, *, common: Common = COMMON) -> None:
-    """Say whether a row can be claimed now, and why not.
+def explain(id: str | None = None, /, *, key: str | None = None, common: Common = COMMON) -> None:
+    """Say whether a row can be claimed now, or an intent be granted, and why not.
 
     Parameters
     ----------
     id
-        The row's id, as `leasekit rows` lists it.
+        The id, as `leasekit rows`, `intents` or `unknown` list it.
+    key
+        Instead of an id: the dispatch id of a call.
     """
-    _explain(common, lambda kit, tenant: looking.explain_row(kit, tenant, id))
+    wanted = intents.named(id, key)
+    find = intents.explain if intents.is_intent(wanted) else looking.explain_row
+    _explain(common, lambda kit, tenant: find(kit, tenant, wanted))
 
 
 @explain_app.command(name="lease")
@@ -226,9 +231,9 @@ def doctor(*, deep: bool = False, common: Common = COMMON) -> int:
 
     async def examine() -> Document:
         async with open_kit(common.url, common.prefix, allow_eviction=True) as kit:
-            checks = await checkup.check_server(kit)
+            tenant = await tenant_named(kit, common.tenant) if common.tenant else None
+            checks = [*await checkup.check_server(kit), await checkup.look_for_unknown(kit, tenant)]
             if deep:
-                tenant = await tenant_named(kit, common.tenant) if common.tenant else None
                 if tenant is not None:
                     await check_known(kit, tenant)
                 looked_at = 0
@@ -476,7 +481,9 @@ def _explain(
         return
     console = tables.make_console()
     is_free = next(
-        document[word] for word in ("claimable", "acquirable", "reservable") if word in document
+        document[word]
+        for word in ("claimable", "grantable", "acquirable", "reservable")
+        if word in document
     )
     _say(console, "yes, it can be had now:" if is_free else "no, it cannot be had now:")
     for reason in document["why"]:
@@ -505,8 +512,18 @@ def _chosen(which: Which) -> dict[str, object]:
 
 def _who_and_why(overrule: Overrule) -> tuple[str, str]:
     if not overrule.reason or not overrule.reason.strip():
-        raise InvalidInput("--reason is required: this overrules a holder, say why", field="reason")
-    return overrule.actor or getpass.getuser(), overrule.reason
+        raise InvalidInput(
+            "--reason is required: nobody else decides this, say why", field="reason"
+        )
+    return overrule.actor or _who(), overrule.reason
+
+
+def _who() -> str:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # A user without a name, as in some containers.
+        raise InvalidInput("--actor is required: this user has no name", field="actor") from None
+    return f"{user}@{socket.gethostname()}"
 
 
 def _change(
@@ -539,16 +556,20 @@ def _change(
 
 async def _ask(question: str) -> None:
     """InvalidInput unless a person says yes; nobody is asked where nobody can answer."""
-    if not sys.stdin.isatty():
-        raise InvalidInput(
-            "this changes data: say --yes, or --dry-run to see what it would do; nothing was changed",
-            field="yes",
-        )
+    _check_can_ask()
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
     answer = await asyncio.to_thread(sys.stdin.readline)
     if answer.strip().lower() not in ("y", "yes"):
         raise InvalidInput("not confirmed: nothing was changed", field="yes")
+
+
+def _check_can_ask() -> None:
+    if not sys.stdin.isatty():
+        raise InvalidInput(
+            "this changes data: say --yes, or --dry-run to see what it would do; nothing was changed",
+            field="yes",
+        )
 
 
 def _going_on(common: Common, command: list[str], change: Change, cursor: str | None) -> str:

@@ -19,8 +19,10 @@ from leasekit.cli.failures import NotThere
 from leasekit.client import Leasekit, Tenant, connect
 from leasekit.errors import InvalidInput
 from leasekit.model import Counts, IdempotencyRecord, Row
+from leasekit.policy import GatePolicy
 
 __all__ = [
+    "GATE",
     "Document",
     "counts_of_all",
     "counts_of_one",
@@ -32,6 +34,7 @@ __all__ = [
     "show_key",
     "show_lease",
     "show_row",
+    "shown_row",
     "tenant_text",
 ]
 
@@ -39,6 +42,7 @@ Document = dict[str, Any]
 
 URL_VARIABLE = "LEASEKIT_URL"
 TENANTS_NAMED = 5
+GATE = GatePolicy()  # of this client alone: programs bring their own
 TENANTS_A_PAGE = 1_000
 
 
@@ -69,7 +73,7 @@ async def open_kit(
     if not where:
         raise InvalidInput(f"no server is named: give --url, or set {URL_VARIABLE}", field="url")
     _check_directory(where)
-    async with connect(where, prefix=prefix, allow_eviction=allow_eviction) as kit:
+    async with connect(where, prefix=prefix, gate=GATE, allow_eviction=allow_eviction) as kit:
         yield kit
 
 
@@ -159,7 +163,7 @@ async def rows(
         status=status, lane=lane, target=target, limit=limit, cursor=cursor
     )
     return await _page(
-        kit, tenant, [_row(row, reveal=False) for row in page.items], cursor, page.next_cursor
+        kit, tenant, [shown_row(row, reveal=False) for row in page.items], cursor, page.next_cursor
     )
 
 
@@ -201,7 +205,7 @@ async def show_row(kit: Leasekit, tenant: Tenant, id: str, *, reveal: bool) -> D
             f"row {id} is not in tenant {tenant_text(tenant)}: it was never enqueued there, or it "
             "was finished and forgotten"
         )
-    return await _one(kit, tenant, _row(row, reveal=reveal))
+    return await _one(kit, tenant, shown_row(row, reveal=reveal))
 
 
 async def show_key(
@@ -229,7 +233,8 @@ async def _one(kit: Leasekit, tenant: Tenant, found: Document) -> Document:
     return {"tenant": tenant_text(tenant), "now_ms": await kit.now_ms()} | found
 
 
-def _row(row: Row, *, reveal: bool) -> Document:
+def shown_row(row: Row, *, reveal: bool) -> Document:
+    """All of a row, its payload by its size unless it is revealed."""
     shown: Document = msgspec.to_builtins(row)
     payload = shown.pop("payload")
     shown["payload_bytes"] = len(msgspec.json.encode(payload))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from rich.console import Console
@@ -22,15 +22,39 @@ __all__ = [
     "clean",
     "counts_table",
     "demo_table",
+    "fact_text",
+    "fitted",
+    "gate_text",
+    "gates_table",
+    "intent_text",
+    "intents_table",
     "keys_table",
     "leases_table",
     "make_console",
     "one_thing",
+    "policy_text",
     "rows_table",
+    "unknown_table",
 ]
 
 PIPE_COLUMNS = 1_000
 ERROR_CHARACTERS_SHOWN = 60
+INTENT_FIELDS = (
+    *(
+        "tenant",
+        "id",
+        "status",
+        "cause",
+        "operation",
+        "tool",
+        "target",
+        "idempotency_key",
+        "run_id",
+    ),
+    *("source_kind", "node_id", "owner", "attempts", "fence", "on_expiry", "created_at_ms"),
+    *("updated_at_ms", "claimed_at_ms", "claim_expires_at_ms", "unknown_since_ms", "asks"),
+    *("ask_at_ms", "revision"),
+)
 STATES = ("pending", "claimed", "unknown", "dead_lettered", "sent", "cancelled")
 
 
@@ -90,6 +114,32 @@ def _table(
     for item in items:
         table.add_row(*[Text(clean(show(item))) for _, show in columns])
     return table
+
+
+def fitted(table: Table, console: Console) -> Table | Text:
+    """The table where it fits; on a narrower terminal each of its lines as a paragraph.
+
+    Folded into narrow columns, ids come in pieces that nobody can copy.
+    """
+    unbounded = console.options.update(max_width=PIPE_COLUMNS)
+    if table.__rich_measure__(console, unbounded).maximum <= console.width:
+        return table
+    titles = [str(column.header) for column in table.columns]
+    cells = [[cast(Text, cell) for cell in column.cells] for column in table.columns]
+    lines: list[Text] = []
+    for head, *rest in zip(*cells, strict=True):
+        lines.append(Text(head.plain, "bold"))
+        line = Text(" ")
+        for title, cell in zip(titles[1:], rest, strict=True):
+            if cell.plain in ("", "-"):
+                continue
+            word = Text.assemble((f"{title} ", "dim"), cell)
+            if len(line) > 1 and len(line) + 2 + len(word) > console.width:
+                lines.append(line)
+                line = Text(" ")
+            line = Text.assemble(line, " " if len(line) == 1 else "  ", word)
+        lines.append(line)
+    return Text("\n").join(lines)
 
 
 def counts_table(document: Document) -> Table:
@@ -167,9 +217,122 @@ def one_thing(document: Document) -> Text:
                 story = f"{error['kind']}, attempt {error['attempt']}: {error['text']}"
                 lines.append(_line("error", f"{when(error['at_ms'], now_ms)}  {clean(story)}"))
         elif name not in ("now_ms", "last_error"):
-            title = name.removesuffix("_at_ms").replace("_bytes", "_size").replace("_", " ")
-            lines.append(_line(title, _field(name, value, now_ms)))
+            lines.append(_line(_title(name), _field(name, value, now_ms)))
     return Text("\n").join(lines)
+
+
+def intent_text(document: Document) -> Text:
+    """What is known of an intent, and what was said of it, one after the other."""
+    now_ms = document["now_ms"]
+    lines = []
+    for name in INTENT_FIELDS:
+        value = document.get(name)
+        if value is not None:
+            lines.append(_line(_title(name), _field(name, value, now_ms)))
+    lines += [
+        _line("said", f"{when(fact['at_ms'], now_ms)}  {fact_text(fact)}")
+        for fact in document["facts"]
+    ]
+    return Text("\n").join(lines)
+
+
+def fact_text(fact: Document) -> str:
+    """`left, fence 7`, with who said it and why, and whether it only was noted."""
+    words = [fact["kind"]]
+    words += [f"fence {fact['fence']}"] if fact["fence"] else []
+    words += [f"by {fact['actor']}"] if fact["actor"] else []
+    words += [] if fact["applied"] else ["which changed nothing"]
+    words += [f"result of {size_text(fact['result_bytes'])}"] if fact["result_bytes"] else []
+    if "result" in fact and fact["result_bytes"]:
+        words[-1] += f" {msgspec.json.encode(fact['result']).decode()}"
+    text = fact["error"] or fact["reason"]
+    return clean(", ".join(words) + (f": {text}" if text else ""))
+
+
+def unknown_table(document: Document) -> Table:
+    """What nobody knows; its tenant only where there may be several."""
+    now_ms = document["now_ms"]
+    columns = [
+        ("id", lambda one: one["id"]),
+        ("kind", lambda one: one["kind"]),
+        ("what", lambda one: one.get("operation") or one.get("lane") or "-"),
+        ("target", lambda one: one["target"] or "-"),
+        ("key", lambda one: one.get("idempotency_key") or one.get("dedupe_key") or "-"),
+        ("owner", lambda one: one["owner"] or "-"),
+        ("unknown since", lambda one: when(one["unknown_since_ms"], now_ms)),
+        ("asks", lambda one: one.get("asks", "-")),
+        ("ask at", lambda one: when(one.get("ask_at_ms"), now_ms)),
+        ("fence", lambda one: one["fence"] or "-"),
+        ("run", lambda one: one["run_id"] or "-"),
+    ]
+    if document["tenant"] is None:
+        columns.insert(1, ("tenant", lambda one: one["tenant"]))
+    return _table(columns, document["items"])
+
+
+def intents_table(document: Document) -> Table:
+    now_ms = document["now_ms"]
+    return _table(
+        [
+            ("id", lambda one: one["id"]),
+            ("status", lambda one: one["status"]),
+            ("cause", lambda one: one["cause"]),
+            ("operation", lambda one: one["operation"]),
+            ("target", lambda one: one["target"] or "-"),
+            ("key", lambda one: one["idempotency_key"] or "-"),
+            ("owner", lambda one: one["owner"] or "-"),
+            ("attempts", lambda one: one["attempts"]),
+            ("changed", lambda one: when(one["updated_at_ms"], now_ms)),
+            ("run", lambda one: one["run_id"] or "-"),
+        ],
+        document["items"],
+    )
+
+
+def gates_table(document: Document) -> Table:
+    """By tenant: the data, and how many intents there are."""
+    return _table(
+        [
+            ("tenant", lambda one: one["tenant"]),
+            ("data", lambda one: one["dataset"] or "-"),
+            ("openings", lambda one: len(one["openings"])),
+            ("intents", lambda one: one["intents"]),
+            ("unknown", lambda one: one["unknown"]),
+            ("dead", lambda one: one["dead_lettered"]),
+            ("sent, cancelled", lambda one: one["sent_or_cancelled"]),
+            ("others", lambda one: one["others"]),
+        ],
+        document["items"],
+    )
+
+
+def gate_text(document: Document) -> Text:
+    """One tenant's gate: its data, the openings, the number of intents in each state."""
+    now_ms = document["now_ms"]
+    [one] = document["items"]
+    lines = [_line("tenant", clean(one["tenant"])), _line("data", clean(one["dataset"] or "-"))]
+    for opening in one["openings"]:
+        told = f"{opening['lost']}, by {opening['actor']}: {opening['reason']}"
+        lines.append(_line("opened", f"{when(opening['at_ms'], now_ms)}  {clean(told)}"))
+    lines += [_line(status, str(count)) for status, count in one["by_status"].items()]
+    return Text("\n").join(lines)
+
+
+def policy_text(document: Document) -> str:
+    policy = document["policy"]
+    tiers = "".join(f"\n  {tier}" for tier in policy["tiers"])
+    return (
+        f"policy of this client, programs bring their own: lease {span(policy['lease_ms'])}, kept "
+        f"{span(policy['keep_ms'])},\ndurability {policy['durability']}; gated are{tiers}"
+    )
+
+
+def _title(name: str) -> str:
+    if name == "ask_at_ms":
+        return "may be asked"
+    title = name.removesuffix("_at_ms")
+    title = title.removesuffix("_ms") if title.endswith("_since_ms") else title
+    return title.replace("_bytes", "_size").replace("_", " ")
 
 
 def _line(title: str, text: str) -> Text:
@@ -177,7 +340,7 @@ def _line(title: str, text: str) -> Text:
 
 
 def _field(name: str, value: Any, now_ms: int) -> str:
-    if name.endswith("_at_ms"):
+    if name.endswith(("_at_ms", "_since_ms")):
         return when(value, now_ms)
     if name.endswith("_bytes"):
         return size_text(value)

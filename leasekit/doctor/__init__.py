@@ -15,6 +15,7 @@ Source: lua/PROTOCOL.md, "Keys", "Outbox" and "Gate"; tests/lua/commands.py, `in
 from leasekit.doctor.finding import ADVICE, Finding, Problem
 from leasekit.doctor.gate import (
     IntentLook,
+    IntentState,
     judge_dataset,
     judge_intent,
     judge_run_entry,
@@ -37,6 +38,7 @@ __all__ = [
     "ADVICE",
     "Finding",
     "IntentLook",
+    "IntentState",
     "Problem",
     "RowLook",
     "judge_claim",

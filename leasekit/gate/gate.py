@@ -175,15 +175,45 @@ class Gate:
         key is granted) or `park` (it becomes unknown); the policy may say otherwise. lease_ms:
         1..43 200 000, five minutes. token: 22 characters of `new_token()`, where the caller wants to
         be able to repeat: the token that has the grant gets the same answer again. owner: who sends,
-        for people. If the caller is cancelled, the grant is withdrawn.
+        for people.
+
+        A grant that its caller does not get, because it was cancelled or too few replicas have it, is
+        withdrawn. Under a token that the caller brought it stands: it may be a repeat of one that was
+        used, and is had by the same token, or given back by completing it as blocked.
 
         Raises InProgress (another sender has it), Conflict (it was sent, failed or buried; or the key
         was used with other arguments, or in another tenant), OutcomeUnknown (nobody knows whether it
-        was sent, or whether this call was applied), NotDurable (the grant was withdrawn), Unavailable
+        was sent, or whether this call was applied), NotDurable (too few replicas have it), Unavailable
         (the server cannot be reached, or has lost the data that this process knew), LeaseLost (the
         grant came when its lease was over). Whatever is raised: do not send.
         Source: spec/reliability 3.2-3.5.
         """
+        return await self._prepare(
+            event,
+            on_expiry=on_expiry,
+            durability=durability,
+            token=codec.new_token() if token is None else codec.check_token(token),
+            is_nobodys=token is None,
+            lease_ms=lease_ms,
+            owner=owner,
+            repeat=repeat,
+            now_ms=now_ms,
+        )
+
+    async def _prepare(
+        self,
+        event: PreSendEvent,
+        *,
+        on_expiry: OnExpiry | None,
+        durability: Durability | str | None,
+        token: str,
+        is_nobodys: bool,
+        lease_ms: int | None,
+        owner: str | None,
+        repeat: bool = False,
+        now_ms: int | None = None,
+    ) -> Receipt | None:
+        """What `prepare` does. is_nobodys: the token is new, and nobody asks by it again."""
         if not self._check(event):
             return None
         scope = self._scope
@@ -193,8 +223,6 @@ class Gate:
         length = self._policy.lease_ms if lease_ms is None else lease_ms
         codec.check_whole(length, "lease_ms", 1, codec.LEASE_MS_MAX)
         owner = OWNER if owner is None else codec.check_text(owner, "owner")
-        is_nobodys = token is None
-        token = codec.new_token() if token is None else codec.check_token(token)
         now = scope.now_argument(now_ms)
         wanted = self._policy.durability if durability is None else durability
         document = identity.intent_document(event, scope.context)
@@ -221,14 +249,17 @@ class Gate:
             context=(id, event.dispatch_id, token, wanted),
             size=len(document),
             head=2,
-            undo=undo,
+            # Withdrawing what a brought token was granted would take it from under a repeat, and would
+            # call unsent what may have been sent.
+            undo=undo if is_nobodys else None,
             repeat=repeat,
             lease_ms=length,
         )
         try:
             receipt, name = await future
         except asyncio.CancelledError:
-            scope.undo_late(future, undo)
+            if is_nobodys:
+                scope.undo_late(future, undo)
             raise
         scope.shared.datasets[scope.tag] = name
         if now_ms is None:

@@ -53,6 +53,9 @@ class Fact(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     actor: str | None = None
     reason: str | None = None
 
+    def __repr__(self) -> str:
+        return f"<Fact {self.kind} at {self.at_ms} fence {self.fence}>"
+
 
 class Intent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What is known of one side effect (spec/reliability 4.2, outbox), without its sender's token.

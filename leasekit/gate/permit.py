@@ -171,11 +171,12 @@ class Dispatch(AbstractAsyncContextManager[Permit]):
     async def __aenter__(self) -> Permit:
         gate, token = self._gate, codec.new_token()
         try:
-            receipt = await gate.prepare(
+            receipt = await gate._prepare(
                 self._event,
                 on_expiry=self._on_expiry,
                 durability=self._durability,
                 token=token,
+                is_nobodys=True,
                 lease_ms=self._lease_ms,
                 owner=self._owner,
             )

@@ -167,6 +167,8 @@ class Reconciler:
 
     async def run(self, next_page: NextPage) -> ReconcileCounts:
         """Go through all that is unknown, once."""
+        # At once, so that a class that cannot be had is an error of the round and not of each intent.
+        self._coalescer = await self._scope.coalescer_for(self._durability)
         cursor: str | None = None
         seen: set[str] = set()
         while True:
@@ -208,7 +210,7 @@ class Reconciler:
     async def _ask(self, intent: Intent, callback: Callback) -> None:
         scope, counts = self._scope, self._counts
         token = codec.new_token()
-        coalescer = await scope.coalescer_for(self._durability)
+        coalescer = self._coalescer
         answer = await coalescer.submit(
             _ASK,
             scope.tag,

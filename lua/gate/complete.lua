@@ -77,14 +77,19 @@ for i = 1, count do
     local lines = texts[id] or said[i] or nil
     local wanted, status = STATUS[result], intent_status(row, now)
     local is_own = token ~= "" and row.token == token
-    local told = token == "" and repeated == "1" and lines
-      and string.find(lines .. "\n", " " .. result .. " 0 1 " .. note .. "\n", 1, true)
+    local fence = is_own and row.fence or "0"
+    -- A repeat of what was applied says nothing new, whatever was said since.
+    local told = false
+    if repeated == "1" and lines and (is_own or token == "") then
+      local fact = " " .. result .. " " .. fence .. " 1 " .. note .. "\n"
+      told = string.find(lines .. "\n", fact, 1, true)
+    end
     local answer, applies
     if is_own then
       local is_again = result == "left" and row.cause == "left"
       -- What a destination or an operator freed, its old sender can only say to be sent.
       local is_freed = row.status == "cancelled" and row.cause ~= "blocked"
-      applies = RANK[wanted] > RANK[row.status] and not is_again
+      applies = RANK[wanted] > RANK[row.status] and not is_again and not told
         and not (is_freed and result == "failed")
       answer = (applies or is_again or wanted == status) and "recorded" or "kept"
     elseif token ~= "" then
@@ -114,8 +119,8 @@ for i = 1, count do
       end
       status = wanted
     end
-    if applies or answer ~= "recorded" then
-      local text = with_fact(lines, now, result, is_own and row.fence or "0", applies, note)
+    if applies or (answer ~= "recorded" and not told) then
+      local text = with_fact(lines, now, result, fence, applies, note)
       if text ~= lines then
         texts[id] = text
         local n = #noted

@@ -38,7 +38,7 @@ from fault.proxy import Fault, Plan, Proxy
 from servers import NoServer, dump
 
 import leasekit
-from leasekit import LeasekitError, Tenant, new_token, replicated
+from leasekit import InProgress, LeasekitError, NotDurable, Tenant, new_token, replicated
 from leasekit.durability import Durability, durability_of
 from leasekit.gate import Receipt
 from leasekit.gate.identity import outbox_id
@@ -394,6 +394,31 @@ async def test_a_failover_loses_no_grant_and_gives_none_twice(replicas: int) -> 
         pytest.skip(str(error))
     assert not table.problems, "\n".join(table.problems[:PROBLEMS_SHOWN])
     assert table.counts["grants"] > SMOKE_SEEDS
+
+
+async def test_a_grant_that_fell_short_is_had_by_its_token_alone() -> None:
+    """It stands for whoever repeats, and is not taken away again; nobody else gets it meanwhile."""
+    durability = replicated(1, timeout_ms=BARRIER_MS)
+    try:
+        async with (
+            open_group(1) as group,
+            leasekit.connect(group.primary.server.url, durability=durability) as kit,
+        ):
+            gate, token = kit.tenant("o", "w").gate, new_token()
+            for node in group.replicas:
+                node.stall(down=False)
+            with pytest.raises(NotDurable, match="ask again by the same name"):
+                await gate.prepare(intent_of("key"), token=token)
+            with pytest.raises(InProgress):
+                await gate.prepare(intent_of("key"))
+            for node in group.replicas:
+                node.flow()
+            receipt = await gate.prepare(intent_of("key"), token=token, repeat=True)
+            assert receipt is not None
+            assert receipt.attempts == 1
+            assert await gate.complete(success_of("key"), receipt=receipt) == "recorded"
+    except NoServer as error:
+        pytest.skip(str(error))
 
 
 def main() -> None:

@@ -13,10 +13,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from fault.calls import intent_of, success_of
 from servers import Server, ServerProcess
 
 import leasekit
-from leasekit import LeasekitError, OutcomeUnknown, Unavailable, new_id
+from leasekit import InProgress, LeasekitError, OutcomeUnknown, Unavailable, new_id, new_token
 from leasekit.outbox import Outbox
 
 PrivateServer = Callable[..., ServerProcess]
@@ -270,3 +271,24 @@ async def test_callers_who_give_up_lose_nothing(real_server: Server, tenant_name
         assert all(status[id] == "sent" for id in finished)
         # A caller cancelled between its claim and its ack holds the row on purpose; no other does.
         assert set(status.values()) <= {"pending", "sent", "claimed"}
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_a_caller_who_gave_up_may_ask_again_by_its_token(
+    turns: int, real_server: Server, tenant_name: str
+) -> None:
+    """Wherever the first call was when it was cancelled: what the second is granted, it keeps."""
+    async with leasekit.connect(real_server.url) as kit, leasekit.connect(real_server.url) as other:
+        gate, others = kit.tenant(tenant_name, "w").gate, other.tenant(tenant_name, "w").gate
+        await gate.prepare(intent_of("first"))
+        token = new_token()
+        given_up = asyncio.create_task(gate.prepare(intent_of("key"), token=token))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        given_up.cancel()
+        await asyncio.wait([given_up])
+        receipt = await gate.prepare(intent_of("key"), token=token, repeat=True)
+        await gate.prepare(intent_of("last"))  # behind whatever the first call may have led to
+        with pytest.raises(InProgress):
+            await others.prepare(intent_of("key"))
+        assert await gate.complete(success_of("key"), receipt=receipt) == "recorded"

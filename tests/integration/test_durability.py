@@ -325,9 +325,38 @@ async def test_a_held_lease_that_replicas_lack_is_lost(pair: Replicated, tenant:
     assert found is None or found.expires_at_ms > end_ms  # it was extended on this server alone
 
 
-async def test_run_repeats_until_replicas_have_it(pair: Replicated, tenant: Tenant) -> None:
+async def test_a_name_that_replicas_lack_is_not_held(pair: Replicated, tenant: Tenant) -> None:
+    """The body does not run, and the name is free again."""
+    pair.pause()
+    ran: list[int] = []
+
+    async def work() -> None:
+        async with tenant.leases.hold("n", ttl_ms=600_000, owner="o", durability=SOON):
+            ran.append(1)
+
+    with pytest.raises(NotDurable, match="given back"):
+        await work()
+    assert ran == []
+    with pytest.raises(NotDurable):  # behind what gives the name back
+        await tenant.leases.release("m", "t" * 22, durability=SOON)
+    assert await tenant.leases.get("n") is None
+
+
+async def test_run_repeats_until_replicas_have_it(
+    monkeypatch: pytest.MonkeyPatch, pair: Replicated, tenant: Tenant
+) -> None:
     """An ack that falls short is asked again while the lease lasts, and counted once."""
-    stop = asyncio.Event()
+    stop, fell_short = asyncio.Event(), asyncio.Event()
+    plain = leasekit.outbox.Claim.ack
+
+    async def ack(claim: leasekit.outbox.Claim, **options: Any) -> Any:
+        try:
+            return await plain(claim, **options)
+        except NotDurable:
+            fell_short.set()
+            raise
+
+    monkeypatch.setattr(leasekit.outbox.Claim, "ack", ack)
     counts = leasekit.RunCounts()
     await tenant.outbox.enqueue("l", "t", 1)
     raw = pair.primary.raw
@@ -349,11 +378,9 @@ async def test_run_repeats_until_replicas_have_it(pair: Replicated, tenant: Tena
 
     running = asyncio.create_task(run())
     await stop.wait()
-    # It was acked here, and that stands alone: the replica goes on, and the ack is asked again.
-    states: list[str] = []
-    while states[-1:] != ["sent"]:
-        states += [row.status for row in (await tenant.outbox.list()).items]
+    await fell_short.wait()
     assert not running.done()
+    assert [row.status for row in (await tenant.outbox.list()).items] == ["sent"]
     pair.resume()
     await running
     assert (counts.acked, counts.lost) == (1, 0)

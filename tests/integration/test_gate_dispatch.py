@@ -457,13 +457,13 @@ async def test_a_grant_whose_answer_was_lost_is_withdrawn(
     live: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody will use it: the next one is granted."""
-    plain = Gate.prepare
+    plain = Gate._prepare
 
     async def prepare(self: Gate, *arguments: Any, **options: Any) -> None:
         await plain(self, *arguments, **options)
         raise OutcomeUnknown("the connection ended before the reply came")
 
-    monkeypatch.setattr(Gate, "prepare", prepare)
+    monkeypatch.setattr(Gate, "_prepare", prepare)
     with pytest.raises(OutcomeUnknown, match="the connection ended"):
         await granted_again(live)
     monkeypatch.undo()

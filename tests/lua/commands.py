@@ -47,6 +47,13 @@ DEFAULTS: dict[str, str | int] = {
     "unfinished": 0,
     "mark": "caller",
     "hint": "",
+    "known": "",
+    "fresh": "f" * 22,
+    "newest": 0,
+    "settle_ms": 5,
+    "asks_max": 2,
+    "first_ms": 10,
+    "most_ms": 15,
 }
 
 Field = str | int
@@ -67,6 +74,30 @@ def row(id: str, *, dedupe: str = "", available_at: int = 0, **words: Any) -> It
     return (id, draft(available_at=available_at, **words), available_at, dedupe)
 
 
+def intent(
+    id: str, token: str = A, *, key: str = "k" * 22, sent: str = "x" * 22, lease_ms: Field = 10,
+    on_expiry: str = "park", run: str = "~", owner: str = "s", doc: str = "{}",
+) -> Item:  # fmt: skip
+    """An item of gate/prepare; `key` and `sent` stand for the digests of key and arguments."""
+    return (id, token, key, sent, lease_ms, on_expiry, run, owner, doc)
+
+
+def intent_line(
+    status: str, cause: str, *, token: str = A, lease_end: int = 20, updated_at: int = 10,
+    created_at: int = 10, revision: int = 1, attempts: int = 1, fence: int = 10_000,
+    claimed_at: int = 10, on_expiry: str = "park", asks: int = 0, ask_token: str = "~",
+    ask_fence: int = 0, ask_end: int = 0, ask_at: int = 0, run: str = "~", key: str = "k" * 22,
+    sent: str = "x" * 22, owner: str = "s",
+) -> str:  # fmt: skip
+    """An intent's state line; what is not said is as gate/prepare leaves it at 10."""
+    words = (
+        *(status, cause, token, lease_end, updated_at, created_at, revision, attempts, fence),
+        *(claimed_at, on_expiry, asks, ask_token, ask_fence, ask_end, ask_at, run, key, sent),
+        owner,
+    )
+    return " ".join(map(str, words))
+
+
 class Tenant:
     """One tenant on one server: its commands, its keys, its whole state."""
 
@@ -85,12 +116,13 @@ class Tenant:
         name: str,
         *items: Item,
         route: str = ROUTE,
-        members: str = "due",
+        members: str = "",
         **arguments: Field,
     ) -> list[Any]:
         """The reply, bytes as text.
 
-        `route` also says which line is meant; `members` is the list that outbox/list reads.
+        `route` also says which line is meant; `members` is the list that outbox/list or gate/list
+        reads: else the line of the route, and the intents by their last change.
         """
         script = read_scripts()[name]
         if "route" in script.arguments:
@@ -129,14 +161,14 @@ class Tenant:
             return str(error)
         raise AssertionError(f"{name} answered {reply}")
 
-    def key(self, script: Script, word: str, route: str = ROUTE, members: str = "due") -> str:
+    def key(self, script: Script, word: str, route: str = ROUTE, members: str = "") -> str:
         concept = script.name.partition("/")[0]
         if concept == "tenant" and word != "barrier":
             return registry_keys(self.registry_prefix)[word]
         if word == "fence":
             return self.keys.fence
         if word == "members":
-            word = members
+            word = members or ("updated" if concept == "gate" else "due")
         if (concept, word) == ("outbox", "due"):
             return self.keys.outbox_due(route)
         key: str = getattr(self.keys, f"{concept}_{word}")
@@ -157,6 +189,10 @@ class Tenant:
         """Claim, and give only the ids of the rows, in their order."""
         return ids_of(self.claim(token, **arguments)[4])
 
+    def prepare(self, *items: str | Item, now_ms: Field = 10, **arguments: Field) -> list[Any]:
+        given = [intent(one) if isinstance(one, str) else one for one in items]
+        return self.run("gate/prepare", *given, now_ms=now_ms, **arguments)
+
     # Its state.
 
     def dump(self) -> State:
@@ -168,6 +204,16 @@ class Tenant:
         """The state line of a row; "" while it is fresh or missing."""
         line = self.raw.hget(self.keys.outbox_state, id)
         return (line or b"").decode("utf-8", "surrogateescape")
+
+    def intent(self, id: str) -> str:
+        """The state line of an intent; "" while it is missing."""
+        line = self.raw.hget(self.keys.gate_state, id)
+        return (line or b"").decode("utf-8", "surrogateescape")
+
+    def facts(self, id: str) -> list[str]:
+        """What was said of an intent, the oldest first."""
+        lines = self.raw.hget(self.keys.gate_facts, id)
+        return lines.decode("utf-8", "surrogateescape").split("\n") if lines else []
 
     def tally(self) -> dict[str, int]:
         """Counts and bytes that are not 0."""
@@ -223,8 +269,11 @@ def invariants(state: State) -> None:
     """Recount a tenant from its documents and state lines: every list, count and sum must agree."""
     _check_rows(state)
     _check_pairs(state)
+    _check_intents(state)
     fences = [int(line.split()[7]) for line in state.get("outbox:state", {}).values()]
     fences += [int(line.split()[2]) for line in state.get("lease:docs", {}).values()]
+    intents = [line.split(" ") for line in state.get("gate:state", {}).values()]
+    fences += [int(words[at]) for words in intents for at in (8, 13)]  # of grants and of questions
     assert max(fences, default=0) <= int(state.get("fence", "0"))
 
 
@@ -279,6 +328,64 @@ def _check_pairs(state: State) -> None:
     assert ends == state.get("lease:due", {})
     assert dict.fromkeys(leases, 0) == state.get("lease:names", {})
     assert state.get("idempotency:docs", {}).keys() == state.get("idempotency:due", {}).keys()
+
+
+# Where an intent stands by its status and cause, and by which of its times; a claimed one that parks
+# stands in gate:expiring by the end of its lease.
+CAUSES = {
+    "pending": set(),
+    "claimed": {"granted", "left"},
+    "unknown": {"left", "parked", "asked", "undecidable"},
+    "sent": {"succeeded", "applied", "resolved"},
+    "failed": {"failed", "resolved"},
+    "cancelled": {"blocked", "absent", "resolved"},
+    "dead_lettered": {"undecidable"},
+}
+INTENT_LISTS = {"sent": "done", "cancelled": "done", "dead_lettered": "dead", "unknown": "unknown"}
+FACT_KINDS = {
+    *("succeeded", "failed", "blocked", "left", "applied", "absent", "undecidable"),
+    *("resolved_sent", "resolved_failed", "resolved_not_sent"),
+}
+
+
+def _check_intents(state: State) -> None:
+    """Every intent stands in the lists of its state line and nowhere else, with its facts."""
+    lines = state.get("gate:state", {})
+    assert state.get("gate:docs", {}).keys() == lines.keys()
+    lists: dict[str, dict[str, int]] = {}
+    for id, line in lines.items():
+        words = line.split(" ", 19)
+        status, cause, token, lease_end, updated_at, _, revision, attempts = words[:8]
+        _, _, on_expiry, asks, ask_token, ask_fence, ask_end, ask_at, run, *digests = words[8:19]
+        assert cause in CAUSES[status], line
+        assert len(token) == 22
+        assert on_expiry in ("reclaim", "park")
+        assert all(digest == "~" or len(digest) == 22 for digest in digests)
+        assert 1 <= int(attempts) <= int(revision)
+        assert (int(asks) == 0) == (ask_token == "~") == (ask_fence == "0") == (ask_end == "0")
+        place, at = INTENT_LISTS.get(status), int(updated_at)
+        if status == "claimed" and on_expiry == "park":
+            place, at = "expiring", int(lease_end)
+        elif status == "unknown":
+            at = int(ask_at)
+        if place:
+            lists.setdefault(f"gate:{place}", {})[id] = at
+        lists.setdefault("gate:updated", {})[id] = int(updated_at)
+        if run != "~":
+            lists.setdefault("gate:runs", {})[f"{run}:{int(updated_at):016}:{id}"] = 0
+    places = {f"gate:{noun}" for noun in ("expiring", "unknown", "dead", "done", "updated", "runs")}
+    assert {key: members for key, members in state.items() if key in places} == lists
+    assert state.get("gate:facts", {}).keys() <= lines.keys()
+    for told in state.get("gate:facts", {}).values():
+        facts = [fact.split(" ", 4) for fact in told.split("\n")]
+        assert len(facts) <= 16
+        for _, kind, fence, applied, _ in facts:
+            assert kind in FACT_KINDS
+            assert fence.isdigit()
+            assert applied in ("0", "1")
+    name, *openings = state.get("gate:dataset", "").split("\n")
+    assert len(name) == 22 or not lines
+    assert len({opening.split(" ")[0] for opening in openings}) == len(openings) <= 16
 
 
 # --- transcripts ----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from lua.commands import A, Field, Item, Tenant, row
+from lua.commands import A, B, Field, Item, Tenant, intent, row
 from redis import ResponseError
 from servers import Server, ServerProcess
 
@@ -84,6 +84,31 @@ def test_a_claim_that_tells_its_lease_end_makes_one_call_more(real: Tenant) -> N
     assert not silent - telling
 
 
+def prepare_and_complete(
+    tenant: Tenant, count: int, name: str, **words: str
+) -> tuple[Counter[str], Counter[str]]:
+    """The calls of granting so many new intents of a run, and of recording that they were sent."""
+    ids = [f"{name}{i:03}" for i in range(count)]
+    items = [intent(id, run="r", lease_ms=10_000, **words) for id in ids]
+    prepare = counted(tenant, "gate/prepare", *items, now_ms="")
+    said = [(id, A, "succeeded", "{}") for id in ids]
+    return prepare, counted(tenant, "gate/complete", *said, now_ms="", keep_ms=1_000_000)
+
+
+@pytest.mark.parametrize(("on_expiry", "calls"), [("park", (10, 13)), ("reclaim", (9, 12))])
+def test_gate_calls_the_server_as_often_for_10_intents_as_for_100(
+    real: Tenant, on_expiry: str, calls: tuple[int, int]
+) -> None:
+    """The number of calls is that of the structures, pruning (one call) included."""
+    prepare_and_complete(real, 1, "x")  # scripts loaded, the data has its name
+
+    ten = prepare_and_complete(real, 10, "a", on_expiry=on_expiry)
+    hundred = prepare_and_complete(real, 100, "b", on_expiry=on_expiry)
+
+    assert ten == hundred
+    assert tuple(found.total() for found in ten) == calls, ten
+
+
 # --- memory full ----------------------------------------------------------------------------------
 
 
@@ -99,6 +124,9 @@ def test_what_frees_memory_works_when_memory_is_full(
     tenant.run("lease/acquire", ("n1", A, 100, "a"), ("n2", A, 100, "a"), now_ms=10)
     reservations = [(f"r{i}", A, "f", "", "", "reclaim", "{}") for i in range(3)]
     tenant.run("idempotency/reserve", *reservations, now_ms=10)
+    tenant.prepare(*(intent(f"g{i}", lease_ms=1) for i in range(4)), "g4", now_ms=5)
+    tenant.prepare(*(intent(f"g{i}", on_expiry="reclaim") for i in range(5, 9)))
+    tenant.run("gate/ask", ("g0", B), now_ms=11, settle_ms=0)
     works = [
         ("outbox/ack", ("m1", A), "acked"),
         ("outbox/nack", ("m2", A, 50, 0, '"x"'), ["requeued", 50]),
@@ -109,12 +137,24 @@ def test_what_frees_memory_works_when_memory_is_full(
         ("lease/extend", ("n1", A, 200), ["extended", "10001", 10, 212, "a"]),
         ("lease/release", ("n2", A), "released"),
         ("idempotency/release", ("r2", A, ""), "released"),
+        ("gate/extend", ("g4", A, 50), ["extended", 62]),
+        ("gate/extend", ("g5", A, 50), ["extended", 62]),
+        ("gate/complete", ("g4", A, "succeeded", "{}"), ["recorded", "sent"]),
+        ("gate/complete", ("g5", A, "succeeded", "{}"), ["recorded", "sent"]),
+        ("gate/complete", ("g6", A, "left", "{}"), ["recorded", "claimed"]),
+        ("gate/complete", ("g7", A, "blocked", "{}"), ["recorded", "cancelled"]),
+        ("gate/complete", ("g8", B, "failed", "{}"), ["lost", "claimed"]),
+        ("gate/answer", ("g0", B, 2, "absent", "{}"), ["recorded", "cancelled"]),
+        ("gate/resolve", ("g1", 1, "sent", "{}"), ["resolved", "sent"]),
     ]
     refused = [
         ("outbox/enqueue", row("q1")),
         ("outbox/claim", ("b" * 22, 1, "b")),
         ("lease/acquire", ("n3", A, 100, "a")),
         ("idempotency/reserve", ("r3", A, "f", "", "", "reclaim", "{}")),
+        ("gate/prepare", intent("g9")),
+        ("gate/ask", ("g2", B)),
+        ("gate/open", (B, "{}")),
         ("tenant/touch", ("o.w",)),
     ]
     if tenant.server.knows_flags:  # Redis 6.2 lets a script pass whose first write deletes
@@ -134,4 +174,5 @@ def test_what_frees_memory_works_when_memory_is_full(
     completed = tenant.run("idempotency/complete", ("r0", A, 100, "{}"), now_ms=12)
     assert completed[1][0] == "completed"
     assert tenant.run("outbox/purge", now_ms=12, noun="dead")[1] == 2
+    assert tenant.run("gate/expire", now_ms=12) == [12, 0, 2]
     assert tenant.run("tenant/barrier", now_ms=12) == [12]  # without it no ack would be replicated

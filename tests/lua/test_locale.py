@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lua.commands import A, Tenant, invariants, row
+from lua.commands import A, Tenant, intent, invariants, row
 from servers import ServerProcess
 
 pytestmark = pytest.mark.xdist_group("locale")  # a locale takes a second to make
@@ -75,4 +75,31 @@ def test_rows_are_claimed_by_bytes(foreign: tuple[Tenant, str, str]) -> None:
     tenant.enqueue(row(second), row(first))
 
     assert tenant.ids_claimed(A, now_ms=10) == [first, second]
+    invariants(tenant.dump())
+
+
+@pytest.mark.parametrize("newest", [0, 1])
+def test_pages_of_intents_follow_bytes(foreign: tuple[Tenant, str, str], newest: int) -> None:
+    """From either end a page of intents goes on behind its last one, by bytes."""
+    tenant, first, second = foreign
+    tenant.prepare(intent(first, run="r"), intent(second, run="r"))
+    order = [second, first] if newest else [first, second]
+
+    for after, more in (("", 1), (order[0], 0)):
+        place = {"after_score": 10 if after else "", "after_id": after}
+        reply = tenant.run("gate/list", now_ms=15, limit=1, newest=newest, **place)
+        assert reply[1:4] == [more, "10", order[1 - more]]
+    assert [found[0] for found in tenant.run("gate/run", now_ms=15, run="r")[3:]] == [second, first]
+
+
+def test_intents_have_one_key_a_word(foreign: tuple[Tenant, str, str]) -> None:
+    """What the order of letters takes for equal is not the same token, digest or run."""
+    tenant, _, _ = foreign
+    tenant.prepare(intent("i1", A, run="-r"))
+
+    other = "-" + A[1:]
+    assert tenant.prepare(intent("i1", other))[2][0] == "taken"
+    assert tenant.prepare(intent("i1", A, key="-" + "k" * 21))[2] == "key_conflict"
+    assert tenant.run("gate/extend", ("i1", other, 99), now_ms=15) == [15, "lost"]
+    assert tenant.run("gate/run", now_ms=15, run="r") == [15, 0, ""]
     invariants(tenant.dump())

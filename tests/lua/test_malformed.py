@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import redis
-from lua.commands import DEFAULTS, A, B, Field, Item, Tenant, draft, row
+from lua.commands import DEFAULTS, A, B, C, Field, Item, Tenant, draft, intent, row
 
 from leasekit.scripts import read_scripts
 
@@ -23,6 +23,9 @@ NOT_WORDS = ["", "x", "RECLAIM", "reclaim ", "park\n", "done\0"]
 NOT_TOKENS = ["", "~", A[:-1], A[1:], A + "a", f"{A} 20", A[:-1] + " ", A[:-1] + "\n", A[:-1] + "\0",
               A[:-1] + "~", A[:-1] + "é"]  # fmt: skip
 NOT_IDS = ["", " ", "a b", "a\n", "a\0", "a\r", "é", "a:b", "x" * 201]
+
+NOT_NOTES = ["{}\n", "\n", "x" * 65_537]
+NOT_RUNS = ["", " ", "a b", "a:", "a\n", "a\0", "é", "{a}", "*"]
 
 # What each number may be beside "x" and the like: "" stands for a default in some places.
 BOUNDS = {
@@ -38,8 +41,19 @@ BOUNDS = {
     "before_ms": (0, 2**53 - 1),
     "after_score": (0, 2**53 - 1),
     "claim_count": (0, 2**53 - 1),
+    "settle_ms": (0, 3_155_760_000_000),
+    "asks_max": (1, 2**53 - 1),
+    "first_ms": (0, 3_155_760_000_000),
+    "most_ms": (0, 3_155_760_000_000),
 }
-PURGE_LIMITS = (1, 250)
+# Where a command keeps to others.
+BOUNDS_OF = {
+    ("outbox/purge", "limit"): (1, 250),
+    ("idempotency/purge", "limit"): (1, 250),
+    ("gate/expire", "limit"): (1, 250),
+    ("gate/ask", "lease_ms"): (1, 43_200_000),
+    ("gate/complete", "keep_ms"): (1, 3_155_760_000_000),
+}
 TEXTS = {"after", "after_id", "after_route", "hint", "prefix", "statuses", "routes"}
 
 GOOD: dict[str, list[Item]] = {
@@ -70,18 +84,30 @@ GOOD: dict[str, list[Item]] = {
     "idempotency/get": [("r0",), ("r1",)],
     "idempotency/list": [],
     "idempotency/purge": [],
+    "gate/prepare": [intent("g5", B), intent("g6", B, on_expiry="reclaim", run="r")],
+    "gate/complete": [("g0", A, "succeeded", "{}"), ("g1", A, "failed", "{}")],
+    "gate/extend": [("g0", A, 2_000), ("g1", A, 2_000)],
+    "gate/expire": [],
+    "gate/ask": [("g2", C), ("g3", C)],
+    "gate/answer": [("g4", B, 2, "applied", "{}"), ("g7", B, 2, "absent", "{}")],
+    "gate/resolve": [("g2", 1, "sent", "{}"), ("g3", 1, "not_sent", "{}")],
+    "gate/open": [("d" * 22, "{}"), ("e" * 22, "{}")],
+    "gate/get": [("g0",), ("g1",)],
+    "gate/list": [],
+    "gate/run": [],
     "tenant/barrier": [],
     "tenant/touch": [("o.w",), ("o.x",)],
 }
 WORDS_OF_NOTHING = {
     *("lost_claim", "lost", "missing", "none", "not_pending", "not_dead", "not_unknown"),
-    *("busy", "free"),
+    *("busy", "free", "taken", "kept", "skipped", "wait", "changed"),
 }
 
 
 @pytest.fixture
 def tenant(tenant: Tenant) -> Tenant:
-    """Something for every command: m1, m2 claimed; m3, m4 dead; m5, m6 pending; p1, p2 unknown."""
+    """Something for every command: m1, m2 claimed; m3, m4 dead; m5, m6 pending; p1, p2 unknown;
+    g0, g1 granted to A; g2, g3 unknown; g4, g7 asked about by B."""
     tenant.enqueue("m1", "m2", "m3", "m4", row("p1", on_expiry="park"), row("p2", on_expiry="park"))
     tenant.claim(A, now_ms=10)
     tenant.run("outbox/nack", *((id, A, "", 1, '"x"') for id in ("m3", "m4")), now_ms=11)
@@ -91,12 +117,16 @@ def tenant(tenant: Tenant) -> Tenant:
     tenant.run("lease/acquire", ("n0", A, 1_000, "a"), ("n1", A, 1_000, "a"), now_ms=10)
     items = [(id, A, "f", "", "", "reclaim", "{}") for id in ("r0", "r1")]
     tenant.run("idempotency/reserve", *items, now_ms=10)
+    tenant.prepare(*(intent(id, lease_ms=1_000) for id in ("g0", "g1")))
+    tenant.prepare(*(intent(id, lease_ms=1) for id in ("g2", "g3", "g4", "g7")))
+    tenant.run("gate/ask", ("g4", B), ("g7", B), now_ms=16)
     return tenant
 
 
 def good_arguments(name: str) -> dict[str, Field]:
     given = {word: DEFAULTS[word] for word in read_scripts()[name].arguments if word in DEFAULTS}
-    return given | {"now_ms": 21} | ({"noun": "done"} if name == "outbox/purge" else {})
+    more: dict[str, dict[str, Field]] = {"outbox/purge": {"noun": "done"}, "gate/run": {"run": "r"}}
+    return given | {"now_ms": 21} | more.get(name, {})
 
 
 def bad_values(name: str, word: str) -> list[str]:
@@ -105,13 +135,15 @@ def bad_values(name: str, word: str) -> list[str]:
         return []
     if word == "route":
         return NOT_ROUTES
-    if word in ("repeated", "unfinished"):
+    if word in ("repeated", "unfinished", "newest"):
         return NOT_FLAGS
     if word in ("noun", "mark"):
         return NOT_WORDS
-    least, most = BOUNDS[word]
-    if word == "limit" and name.endswith("/purge"):
-        least, most = PURGE_LIMITS
+    if word in ("known", "fresh"):
+        return [value for value in NOT_TOKENS if value or word == "fresh"]
+    if word == "run":
+        return NOT_RUNS
+    least, most = BOUNDS_OF.get((name, word), BOUNDS[word])
     empty = [] if word in ("now_ms", "after_score", "claim_count") else [""]
     below = [str(least - 1)] if least else []
     return [*NOT_NUMBERS, *empty, *below, str(most + 1)]
@@ -150,6 +182,32 @@ FIELDS: dict[str, dict[str, list[str]]] = {
         "reservation": ["{}\n", "\n"],
     },
     "idempotency/complete": {"keep_ms": [*NOT_NUMBERS, "", "0", "3155760000001"]},
+    "gate/prepare": {
+        "token": NOT_TOKENS,
+        "key_digest": NOT_TOKENS,
+        "arguments_digest": NOT_TOKENS,
+        "lease_ms": [*NOT_NUMBERS, "", "0", "43200001"],
+        "on_expiry": ["", "Park", "park ", "park\0", "none"],
+        "run": NOT_RUNS,
+    },
+    "gate/complete": {
+        "token": NOT_TOKENS[1:],  # "" is nobody's
+        "result": ["", "Failed", "failed ", "failed\0", "sent", "unknown"],
+        "note": NOT_NOTES,
+    },
+    "gate/extend": {"lease_ms": [*NOT_NUMBERS, "", "0", "43200001"]},
+    "gate/ask": {"token": NOT_TOKENS},
+    "gate/answer": {
+        "revision": [*NOT_NUMBERS, ""],
+        "verdict": ["", "Absent", "absent ", "absent\0", "sent", "left"],
+        "note": NOT_NOTES,
+    },
+    "gate/resolve": {
+        "revision": [*NOT_NUMBERS, ""],
+        "verdict": ["", "Sent", "sent ", "sent\0", "succeeded", "cancelled"],
+        "note": NOT_NOTES,
+    },
+    "gate/open": {"lost": NOT_TOKENS, "note": ["{}\n", "\n"]},
 }
 REFUSED_FIELDS = [(name, field) for name, fields in FIELDS.items() for field in fields]
 
@@ -160,7 +218,7 @@ COMPARED = [
     for field in read_scripts()[name].item
     if field in ("id", "token", "name", "record_id")
     and field not in FIELDS.get(name, {})
-    and name not in ("lease/acquire", "idempotency/reserve")
+    and name not in ("lease/acquire", "idempotency/reserve", "gate/prepare")
 ]
 NOT_STORED = ["", " ", "m1 m2", "m1\n", "m1\0", "\0", "\r\n", "é\udcff", "x" * 300]
 

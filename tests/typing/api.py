@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
-from typing import assert_type
+from asyncio import Future
+from typing import Any, Literal, assert_type
 
 import leasekit
-from leasekit import Draft, Durability, Leasekit, LeasekitError, Outcome, Tenant, replicated
+from leasekit import (
+    Draft,
+    Durability,
+    GatePolicy,
+    Leasekit,
+    LeasekitError,
+    Outcome,
+    Tenant,
+    replicated,
+)
+from leasekit.gate import (
+    Completion,
+    GuardedTool,
+    Intent,
+    IntentStatus,
+    LedgerEvent,
+    Permit,
+    PreSendEvent,
+    Question,
+    Receipt,
+    ReconcileCounts,
+    Resolution,
+    Source,
+    Verdict,
+    applied,
+)
 from leasekit.lease import Acquisition, Lease
 from leasekit.model import (
     AckOutcome,
@@ -90,3 +116,51 @@ async def keys(tenant: Tenant) -> None:
     assert_type(await tenant.idempotency.release("op", "k", token="token"), WithdrawOutcome)
     assert_type(await tenant.idempotency.get("op", "k"), IdempotencyRecord | None)
     assert_type(await tenant.idempotency.list(), Page[IdempotencyRecord])
+
+
+async def gate(tenant: Tenant) -> None:
+    source = Source(kind="k")
+    call = PreSendEvent(dispatch_id="d", tool="t", source=source, args={"any": ["json", 1]})
+    receipt = await tenant.gate.prepare(call)
+    assert_type(receipt, Receipt | None)
+    event = LedgerEvent(tool="t", source=source, policy_outcome="allowed", status="succeeded")
+    assert_type(await tenant.gate.complete(event, receipt=receipt, result=[1]), Completion)
+    if receipt is not None:
+        assert_type(receipt.fence, int)
+        assert_type(await tenant.gate.extend(receipt, lease_ms=1), Receipt | None)
+    async with tenant.gate.dispatch(call, on_expiry="park") as permit:
+        assert_type(permit, Permit)
+        assert_type(permit.fence, int | None)
+        permit.begin()
+        assert_type(permit.sent({"any": "json"}), Future[None])
+        assert_type(permit.failed(ValueError()), Future[None])
+        await permit.not_sent("reason")
+
+    async def ask(question: Question) -> Verdict:
+        assert_type(question.intent, Intent)
+        assert_type(question.fence, int)
+        return applied({"any": "json"})
+
+    assert_type(await tenant.gate.reconcile({"t": ask}), ReconcileCounts)
+    assert_type(await tenant.gate.unknown(), Page[Intent])
+    assert_type(await tenant.gate.list(status="sent"), Page[Intent])
+    intent = await tenant.gate.get("id")
+    assert_type(intent, Intent | None)
+    if intent is not None:
+        assert_type(intent.status, IntentStatus)
+        assert_type(intent.result, Any)
+    resolved = await tenant.gate.resolve("id", "not_sent", actor="a", reason="r")
+    assert_type(resolved, Resolution)
+    opened = await tenant.gate.open("lost", actor="a", reason="r")
+    assert_type(opened, Literal["opened", "known"])
+
+    async def send(to: str) -> int:
+        return len(to)
+
+    guarded = tenant.gate.guard(send, tool="t")
+    assert_type(guarded, GuardedTool)
+    await guarded(source, to="a")
+    await tenant.gate.prepare(call, on_expiry="stop")  # type: ignore[arg-type]
+    await tenant.gate.resolve("id", "maybe", actor="a", reason="r")  # type: ignore[arg-type]
+    await tenant.gate.reconcile({"t": send})  # type: ignore[dict-item]
+    assert_type(GatePolicy(tiers=frozenset({"t"}), on_expiry="park").lease_ms, int)

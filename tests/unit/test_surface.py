@@ -13,14 +13,42 @@ from typing import Any
 import pytest
 
 import leasekit
-from leasekit import errors, model
+from leasekit import errors, gate, model
 from leasekit.client import Leasekit, Tenant
+from leasekit.gate import (
+    Fact,
+    Gate,
+    GuardedTool,
+    Intent,
+    IntentStatus,
+    LedgerEvent,
+    Permit,
+    PreSendEvent,
+    Question,
+    Receipt,
+    Source,
+    applied,
+    undecidable,
+)
 from leasekit.idempotency import Idempotency
 from leasekit.lease import Acquisition, Lease, Leases
 from leasekit.outbox import Claim, ClaimedRows, Outbox
 
-MODULES = sorted(one.name for one in pkgutil.iter_modules(leasekit.__path__) if not one.ispkg)
-FACES = [Leasekit, Tenant, Outbox, Claim, ClaimedRows, Leases, Lease, Acquisition, Idempotency]
+PACKAGES = ("", "gate.")
+MODULES = sorted(
+    prefix + one.name
+    for prefix in PACKAGES
+    for one in pkgutil.iter_modules([str(Path(leasekit.__path__[0], prefix.rstrip(".")))])
+    if not one.ispkg or one.name == "gate"
+)
+FACES = [
+    *(Leasekit, Tenant, Outbox, Claim, ClaimedRows, Leases, Lease, Acquisition, Idempotency),
+    *(Gate, Permit, GuardedTool),
+]
+
+
+# What only reads; rounds of questions, each under a token of its own; and what is the same said twice.
+NOT_REPEATED = ("get", "list", "counts", "purge", "unknown", "reconcile", "open")
 
 
 def public(face: type) -> Iterator[tuple[str, Any]]:
@@ -62,7 +90,9 @@ def test_everything_public_is_explained(face: type) -> None:
         assert inspect.getdoc(member), f"{face.__name__}.{name}"
 
 
-@pytest.mark.parametrize("face", [Outbox, Leases, Idempotency], ids=lambda face: face.__name__)
+@pytest.mark.parametrize(
+    "face", [Outbox, Leases, Idempotency, Gate], ids=lambda face: face.__name__
+)
 def test_calls_have_one_form(face: type) -> None:
     """What is not named in the call's first words is keyword-only; who can be repeated says so; and
     every call can be given the time."""
@@ -72,7 +102,7 @@ def test_calls_have_one_form(face: type) -> None:
         parameters = inspect.signature(member).parameters
         assert parameters["now_ms"].kind is inspect.Parameter.KEYWORD_ONLY, name
         assert parameters["now_ms"].default is None, name
-        if name not in ("get", "list", "counts", "purge"):
+        if name not in NOT_REPEATED:
             assert parameters["repeat"].default is False, name
             assert parameters["durability"].default is None, name
         optional = [one for one in parameters.values() if one.default is not one.empty]
@@ -91,8 +121,9 @@ def test_outcomes_are_words() -> None:
     """Lower-case words of the protocol, equal to their text."""
     enums = [
         one
-        for one in vars(model).values()
-        if inspect.isclass(one) and one.__name__ in model.__all__
+        for home in (model, gate)
+        for one in vars(home).values()
+        if inspect.isclass(one) and one.__name__ in home.__all__
     ]
     words = [one for kind in enums if issubclass(kind, str) for one in kind]  # type: ignore[attr-defined]
     assert len(words) > 30
@@ -143,3 +174,65 @@ def test_no_face_shows_its_secrets() -> None:
     assert "<Lease n held by o fence 7>" in repr(acquisition)
     lease.lost.set()
     assert repr(lease) == "<Lease n lost by o fence 7>"
+
+
+def test_the_gate_shows_no_secrets() -> None:
+    """Neither tokens, nor what a call carries, brought back or failed with."""
+    token, secret = "t" * 22, "s3cret"
+    source = Source(kind="k")
+    call = PreSendEvent(
+        dispatch_id="d", tool="t", source=source, args={"body": secret}, payload_digest=secret
+    )
+    event = LedgerEvent(
+        tool="t",
+        source=source,
+        policy_outcome="allowed",
+        status="failed",
+        dispatch_id="d",
+        error=secret,
+        approval_requirement={"why": secret},
+    )
+    receipt = Receipt(
+        outbox_id="o",
+        idempotency_key="d",
+        token=token,
+        fence=7,
+        attempts=1,
+        granted_at_ms=0,
+        lease_expires_at_ms=10,
+        deadline_s=0.0,
+    )
+    fact = Fact(at_ms=1, kind="failed", fence=7, applied=True, error=secret, result=secret)
+    intent = Intent(
+        outbox_id="o",
+        operation="t",
+        status=IntentStatus.FAILED,
+        created_at_ms=0,
+        updated_at_ms=1,
+        cause="failed",
+        revision=2,
+        metadata={"dispatch_error": secret},
+        facts=(fact,),
+    )
+    permit = Permit(None, call, receipt)  # type: ignore[arg-type]
+    question = Question(intent, "d", 8, 1, 10)
+    things = (call, event, receipt, fact, intent, permit, question, applied(secret), [receipt])
+    for thing in (*things, undecidable(secret)):
+        assert token not in repr(thing) + str(thing), type(thing)
+        assert secret not in repr(thing) + str(thing), type(thing)
+    assert repr(permit) == "<Permit d fence 7>"
+    assert repr(fact) == "<Fact failed at 1 fence 7>"
+
+
+def test_what_a_gate_holds_to_can_be_written_down() -> None:
+    """GatePolicy is compared and shown by value, and refuses what it does not know."""
+    assert leasekit.GatePolicy() == leasekit.GatePolicy(lease_ms=300_000)
+    for wrong in (
+        {"on_expiry": "stop"},
+        {"on_expiry_by_tier": {"external_send": "stop"}},
+        {"lease_ms": 0},
+        {"keep_ms": 3_599_999},
+        {"durability": "most"},
+    ):
+        with pytest.raises(errors.InvalidInput):
+            leasekit.GatePolicy(**wrong)  # type: ignore[arg-type]
