@@ -65,7 +65,7 @@ class Choice:
 
 def choice_of(text: str | None) -> Choice | None:
     """The choice that an operator named; None for a blank one."""
-    return Choice(text) if codec.normalised(text or "") else None
+    return Choice(text) if text is not None and codec.normalised(text) else None
 
 
 def _shown(choice: str) -> dict[str, Any]:
