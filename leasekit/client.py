@@ -10,6 +10,8 @@ from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Literal
 
+from msgspec.structs import replace
+
 from leasekit import codec
 from leasekit.connect import Backend, ServerInfo, open_backend
 from leasekit.consuming import (
@@ -27,6 +29,7 @@ from leasekit.hints import Hub
 from leasekit.idempotency import Idempotency
 from leasekit.keys import registry_keys, tenant_parts, tenant_tag
 from leasekit.lease import Leases
+from leasekit.ledger import Ledger
 from leasekit.model import Page, Retention, RunCounts, TenantContext
 from leasekit.outbox import LEASE_MS_DEFAULT, Claim, Outbox
 from leasekit.policy import GatePolicy
@@ -49,13 +52,19 @@ TENANTS_REMEMBERED = 10_000
 TENANTS_LISTED_EVERY_S = 60.0
 
 
+def _context(org: str, workspace: str, deployment: str | None, actor: str | None) -> TenantContext:
+    """The context of a tenant's records: explicit, but for the one that stands for no name at all."""
+    context = TenantContext(org, workspace, deployment, actor)
+    return context if context.is_local_implicit else replace(context, source="explicit")
+
+
 class Tenant:
     """One tenant: nothing of it can be seen or touched from another one.
 
     `actor` says who acts, for records; it never makes another tenant.
     """
 
-    __slots__ = ("context", "gate", "idempotency", "leases", "outbox", "tag")
+    __slots__ = ("context", "gate", "idempotency", "leases", "ledger", "outbox", "tag")
 
     def __init__(self, scope: Scope) -> None:
         self.tag = scope.tag
@@ -64,6 +73,7 @@ class Tenant:
         self.outbox = Outbox(scope)
         self.idempotency = Idempotency(scope)
         self.gate = Gate(scope)
+        self.ledger = Ledger(scope, self.gate)
 
     def __repr__(self) -> str:
         return f"<Tenant {self.tag}>"
@@ -118,7 +128,7 @@ class Leasekit:
             codec.check_text(actor, "actor")
         tenant = self._tenants.get((tag, actor))
         if tenant is None:
-            context = TenantContext(org, workspace, deployment, actor)
+            context = _context(org, workspace, deployment, actor)
             tenant = Tenant(Scope(self._shared, tag, context))
             self._tenants[tag, actor] = tenant
             if len(self._tenants) > TENANTS_REMEMBERED:

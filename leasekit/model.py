@@ -8,7 +8,7 @@ exception. Instants end in `_at_ms` (milliseconds since 1970 on the server's clo
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 
@@ -47,6 +47,7 @@ __all__ = [
 Item = TypeVar("Item")
 
 DAY_MS = 86_400_000
+LOCAL = "local"
 
 # The lanes and targets that spec/outbox 1.2 names.
 LANE_CANONICAL = "canonical"
@@ -308,12 +309,41 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TenantContext(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Whose record it is (spec/reliability 1.1); the actor never counts."""
+    """Whose record it is (spec/reliability 1.1); actor and source never count.
+
+    source: `explicit`, or `local_implicit` where nobody named a tenant; always written, and
+    `local_implicit` where a record does not say.
+    """
 
     org_id: str
     workspace_id: str
     deployment_id: str | None = None
     actor_id: str | None = None
+    source: Literal["local_implicit", "explicit"] = msgspec.field(
+        default_factory=lambda: "local_implicit"
+    )
+
+    @classmethod
+    def local_implicit(cls) -> TenantContext:
+        """The tenant of whoever names none."""
+        return cls(LOCAL, LOCAL)
+
+    @classmethod
+    def explicit(cls, org_id: str, workspace_id: str, actor_id: str | None = None) -> TenantContext:
+        """A tenant that was named, without a deployment."""
+        return cls(org_id, workspace_id, None, actor_id, "explicit")
+
+    @classmethod
+    def explicit_user_workspace(
+        cls, org_id: str, workspace_id: str, deployment_id: str | None, actor_id: str
+    ) -> TenantContext:
+        """A tenant that was named by somebody."""
+        return cls(org_id, workspace_id, deployment_id, actor_id, "explicit")
+
+    @property
+    def is_local_implicit(self) -> bool:
+        """Whether it is the tenant of whoever names none, and nobody in particular."""
+        return self == TenantContext.local_implicit()
 
 
 class IdempotencyStatus(StrEnum):

@@ -693,3 +693,23 @@ async def test_two_drafts_in_one_turn_meet_the_conflict_rule(tenant: Tenant) -> 
     assert (first.created, second.created) == (True, False)
     assert first.row.id == second.row.id
     assert isinstance(third, Conflict)
+
+
+@pytest.mark.parametrize(
+    ("parts", "source"),
+    [
+        (("local", "local"), "local_implicit"),
+        (("local", "local", "d"), "explicit"),
+        (("local", "local", None, "a"), "explicit"),
+        (("local", "default"), "explicit"),
+        (("o", "w", "d", "a"), "explicit"),
+    ],
+)
+async def test_tenant_knows_whether_it_was_named(
+    kit: leasekit.Leasekit, parts: tuple[str, ...], source: str
+) -> None:
+    """spec/reliability 1.1: only local/local, without deployment and actor, stands for no name."""
+    context = kit.tenant(*parts).context
+
+    assert context.source == source
+    assert context.is_local_implicit == (source == "local_implicit")

@@ -32,7 +32,7 @@ Connect = Callable[..., Awaitable[Leasekit]]
 State = Callable[[], dict[str, Any]]
 
 NOW = 1_000
-ORG_A = TenantContext("org-a", "workspace-a", None, "user-a")
+ORG_A = TenantContext.explicit("org-a", "workspace-a", "user-a")
 
 
 @pytest.fixture
@@ -329,6 +329,7 @@ async def test_a_new_row_has_every_field_of_the_spec(org_a: Gate) -> None:
                 "org_id": "org-a",
                 "workspace_id": "workspace-a",
                 "actor_id": "user-a",
+                "source": "explicit",
             },
             "risk_tier": "external_send",
         },

@@ -53,7 +53,7 @@ argument_names = texts | st.sampled_from([*identity.TARGET_KEYS, *sorted(identit
 arguments = st.dictionaries(argument_names, json_values, max_size=6)
 names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8).filter(str.strip)
 
-TENANT = TenantContext("org-a", "workspace-a", actor_id="user-a")
+TENANT = TenantContext.explicit("org-a", "workspace-a", "user-a")
 SOURCE = Source(kind="automation_v2", run_id="run-1", node_id="node-1")
 
 
@@ -724,6 +724,7 @@ def test_an_intent_is_written_as_the_spec_says() -> None:
                 "org_id": "org-a",
                 "workspace_id": "workspace-a",
                 "actor_id": "user-a",
+                "source": "explicit",
             },
             "risk_tier": "external_send",
         },
@@ -770,6 +771,7 @@ def test_an_intent_leaves_out_what_is_absent() -> None:
                 "workspace_id": "w",
                 "deployment_id": "d1",
                 "actor_id": "a",
+                "source": "local_implicit",
             },
         },
         "operation": "post",

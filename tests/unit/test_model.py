@@ -73,7 +73,7 @@ def test_an_idempotency_record_is_written_as_the_spec_says() -> None:
     record = IdempotencyRecord(
         schema_version=1,
         record_id="idem_x",
-        tenant_context=TenantContext("o", "w"),
+        tenant_context=TenantContext.explicit("o", "w"),
         operation="op",
         key="k",
         owner="o",
@@ -85,7 +85,7 @@ def test_an_idempotency_record_is_written_as_the_spec_says() -> None:
     assert msgspec.to_builtins(record) == {
         "schema_version": 1,
         "record_id": "idem_x",
-        "tenant_context": {"org_id": "o", "workspace_id": "w"},
+        "tenant_context": {"org_id": "o", "workspace_id": "w", "source": "explicit"},
         "operation": "op",
         "key": "k",
         "owner": "o",
@@ -94,6 +94,62 @@ def test_an_idempotency_record_is_written_as_the_spec_says() -> None:
         "first_seen_at_ms": 1,
         "last_seen_at_ms": 2,
     }
+
+
+@pytest.mark.parametrize(
+    ("context", "written"),
+    [
+        (
+            TenantContext.local_implicit(),
+            {"org_id": "local", "workspace_id": "local", "source": "local_implicit"},
+        ),
+        (
+            TenantContext.explicit("o", "w"),
+            {"org_id": "o", "workspace_id": "w", "source": "explicit"},
+        ),
+        (
+            TenantContext.explicit("o", "w", "a"),
+            {"org_id": "o", "workspace_id": "w", "actor_id": "a", "source": "explicit"},
+        ),
+        (
+            TenantContext.explicit_user_workspace("o", "w", "d", "a"),
+            {
+                "org_id": "o",
+                "workspace_id": "w",
+                "deployment_id": "d",
+                "actor_id": "a",
+                "source": "explicit",
+            },
+        ),
+    ],
+)
+def test_a_context_says_who_named_it(context: TenantContext, written: dict[str, str]) -> None:
+    """spec/reliability 1.1: the source is always written."""
+    assert msgspec.to_builtins(context) == written
+    assert msgspec.convert(written, TenantContext) == context
+
+
+def test_a_context_that_does_not_say_is_local_implicit() -> None:
+    """spec/reliability 1.1: what is assumed on reading, whatever the tenant is."""
+    for org in ("local", "o"):
+        read = msgspec.json.decode(f'{{"org_id":"{org}","workspace_id":"local"}}', type=TenantContext)
+        assert read.source == "local_implicit"
+        assert read.is_local_implicit == (org == "local")
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        TenantContext.explicit("local", "local"),
+        TenantContext("local", "default"),
+        TenantContext("org", "local"),
+        TenantContext("local", "local", "d"),
+        TenantContext("local", "local", None, "a"),
+    ],
+)
+def test_only_who_names_nothing_is_local_implicit(context: TenantContext) -> None:
+    """spec/reliability 1.1: source, org and workspace, and neither deployment nor actor."""
+    assert not context.is_local_implicit
 
 
 def test_drafts_and_outcomes_do_not_share_state() -> None:
