@@ -5,7 +5,7 @@ Source: spec/reliability 4.1, 4.11, 5.1, 6.3, 6.12, 7.5; lua/PROTOCOL.md, "Ledge
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -41,8 +41,11 @@ __all__ = [
 
 NO_RUN = "~"
 NEVER_MS = codec.INSTANT_MS_MAX
-DUE = "waits:due"
+# A name behind `~` that is no escape: no run's list can have it.
+DUE = "waits:~due"
+ENDED = "waits:~ended"
 QUEUED = "runs:~queued"
+LATER = "runs:~later"
 LEASED = "runs:~leased"
 TERMINAL_WAITS = frozenset({"woken", "timed_out", "escalated", "cancelled"})
 ENDED_COMPENSATIONS = frozenset({"completed", "cancelled"})
@@ -169,6 +172,14 @@ def due_of(wait: Wait) -> int:
     return min((at for at in (wait.wake_at_ms, timeout) if at is not None), default=NEVER_MS)
 
 
+def _of_waits(wait: Wait) -> dict[str, int]:
+    """Waits that go on, by when they are due, and those that are over, by when they ended."""
+    if wait.status in TERMINAL_WAITS:
+        ended_at = wait.updated_at_ms if wait.completed_at_ms is None else wait.completed_at_ms
+        return {ENDED: ended_at}
+    return {DUE: due_of(wait)}
+
+
 WAITS = Collection(
     "waits",
     Wait,
@@ -176,14 +187,24 @@ WAITS = Collection(
     order=due_of,
     status=_status,
     source=lambda record: record.wait_kind,
-    more=lambda record: {} if record.status in TERMINAL_WAITS else {DUE: due_of(record)},
+    more=_of_waits,
 )
 
 
+def retry_after_of(run: Run) -> int:
+    """The instant before which a run that is to be tried again stays in line (spec 5.7)."""
+    told = run.metadata.get("scheduler") if isinstance(run.metadata, Mapping) else None
+    if not isinstance(told, Mapping) or told.get("queue_reason") != "retry_backoff":
+        return 0
+    at = told.get("retry_after_ms")
+    return at if type(at) is int and 0 <= at <= NEVER_MS else 0
+
+
 def _of_runs(run: Run) -> dict[str, int]:
-    """Runs that may be claimed, in the order of their making, and those whose claim ends."""
+    """Runs in line in the order of their making, those that pause first, those whose claim ends."""
     if run.status == "queued":
-        return {QUEUED: run.created_at_ms}
+        after_ms = retry_after_of(run)
+        return {LATER: after_ms} if after_ms else {QUEUED: run.created_at_ms}
     if run.execution_claim is not None:
         return {LEASED: run.execution_claim.lease_expires_at_ms}
     return {}

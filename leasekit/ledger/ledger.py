@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from leasekit import codec
-from leasekit.errors import Conflict, InvalidInput
+from leasekit.errors import Conflict
 from leasekit.gate import Gate, Intent, Permit, PreSendEvent, Source
 from leasekit.gate.identity import key_digest
 from leasekit.ledger import bridge as bridging
@@ -30,7 +30,7 @@ from leasekit.ledger.records import (
 )
 from leasekit.ledger.recovery import Execution
 from leasekit.ledger.runs import Runs
-from leasekit.ledger.store import IntentChange, Store, Transaction
+from leasekit.ledger.store import IntentChange, Store, Transaction, check_scope
 from leasekit.ledger.waits import Waits
 from leasekit.model import Page
 from leasekit.scope import PAGE_LIMIT_DEFAULT, Scope, decode_cursor, encode_cursor
@@ -373,22 +373,6 @@ async def drop(transaction: Transaction, collection: Collection[Record], record:
     if not transaction.has_read(name):
         await transaction.get(name)
     transaction.drop(name, collection.run_of(record))
-
-
-def check_scope(scope: Scope, record: Any) -> None:
-    """InvalidInput for a record of another tenant."""
-    whose = record if isinstance(record, StatefulRuntimeScope) else getattr(record, "scope", None)
-    context = record.tenant_context if whose is None else whose.tenant_context
-    ours = scope.context
-    if (context.org_id, context.workspace_id, context.deployment_id) != (
-        ours.org_id,
-        ours.workspace_id,
-        ours.deployment_id,
-    ):
-        raise InvalidInput(
-            f"the record's scope names another tenant than {scope.tag}: nothing was written",
-            field="scope.tenant_context",
-        )
 
 
 # --- intents as the ledger writes them ------------------------------------------------------------

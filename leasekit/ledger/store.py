@@ -17,13 +17,14 @@ import msgspec
 
 from leasekit import codec
 from leasekit.coalesce import Reply, Variant
-from leasekit.errors import Conflict, LeasekitError
+from leasekit.errors import Conflict, InvalidInput, LeasekitError
 from leasekit.gate import Gate, Intent
 from leasekit.keys import encode_word
+from leasekit.ledger.records import StatefulRuntimeScope
 from leasekit.scope import Scope, word_of
 from leasekit.scripts import Argument, Script, script
 
-__all__ = ["Listed", "Store", "Stored", "Transaction", "place"]
+__all__ = ["Listed", "Store", "Stored", "Transaction", "check_scope", "place"]
 
 ATTEMPTS_MAX = 20
 PAUSE_FIRST_MS = 2
@@ -288,3 +289,19 @@ def _stored(name: str, doc: bytes) -> Stored:
 
 def _read_record(item: Any, name: str, reply: Reply) -> Stored | LeasekitError | None:
     return None if item == b"missing" else _stored(name, item[1])
+
+
+def check_scope(scope: Scope, record: Any) -> None:
+    """InvalidInput for a record of another tenant."""
+    whose = record if isinstance(record, StatefulRuntimeScope) else getattr(record, "scope", None)
+    context = record.tenant_context if whose is None else whose.tenant_context
+    ours = scope.context
+    if (context.org_id, context.workspace_id, context.deployment_id) != (
+        ours.org_id,
+        ours.workspace_id,
+        ours.deployment_id,
+    ):
+        raise InvalidInput(
+            f"the record's scope names another tenant than {scope.tag}: nothing was written",
+            field="scope.tenant_context",
+        )
