@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -20,12 +22,13 @@ from leasekit.coalesce import Reply, Variant
 from leasekit.errors import Conflict, InvalidInput, LeasekitError
 from leasekit.gate import Gate, Intent
 from leasekit.keys import encode_word
-from leasekit.ledger.records import StatefulRuntimeScope
 from leasekit.scope import Scope, word_of
 from leasekit.scripts import Argument, Script, script
 
-__all__ = ["Listed", "Store", "Stored", "Transaction", "check_scope", "place"]
+__all__ = ["Listed", "Store", "Stored", "Transaction", "place"]
 
+RECORD_ID_BYTES_MAX = 400  # A caller's id of 200 bytes, and what is put around it.
+COMMIT_BYTES_MAX = 4 * 1024 * 1024
 ATTEMPTS_MAX = 20
 PAUSE_FIRST_MS = 2
 PAUSE_MOST_MS = 100
@@ -67,7 +70,8 @@ class Listed(msgspec.Struct, frozen=True):
 
 
 class IntentChange(msgspec.Struct, frozen=True):
-    """What a commit makes of an intent: its state's words (lua/PROTOCOL.md) and its document."""
+    """What a commit makes of an intent: its state's words (lua/PROTOCOL.md, "ledger/commit") and its
+    document."""
 
     words: str
     doc: bytes
@@ -83,14 +87,21 @@ class Transaction:
         self._read: dict[str, int] = {}
         self._guards: dict[str, int] = {}
         self._puts: dict[str, tuple[Listed, bytes]] = {}
-        self._drops: dict[str, str] = {}
+        self._blind: set[str] = set()
+        self._drops: set[str] = set()
         self._intents: dict[str, tuple[int, IntentChange]] = {}
 
     async def get(self, name: str) -> bytes | None:
         """The JSON of a record, which then must not change until the commit; None if there is none."""
-        [found] = await self._store.get([name], now_ms=self.given_ms)
-        self._read[name] = found.revision if found else 0
-        return found.doc if found else None
+        [doc] = await self.get_many([name])
+        return doc
+
+    async def get_many(self, names: Sequence[str]) -> list[bytes | None]:
+        """The same of several records, in that order."""
+        found = await self._store.get(names, now_ms=self.given_ms)
+        for name, one in zip(names, found, strict=True):
+            self._read[name] = one.revision if one else 0
+        return [one.doc if one else None for one in found]
 
     async def guard(self, run: str) -> None:
         """From now until the commit no record of this run may be changed, added or removed."""
@@ -103,9 +114,14 @@ class Transaction:
         """Write a record that was read in this transaction, or is known not to be there."""
         self._puts[name] = (listed, doc)
 
+    def overwrite(self, name: str, listed: Listed, doc: bytes) -> None:
+        """Write a record over whatever is there."""
+        self._puts[name] = (listed, doc)
+        self._blind.add(name)
+
     def drop(self, name: str, run: str) -> None:
-        """Delete a record that was read in this transaction."""
-        self._drops[name] = run
+        """Delete a record that was read in this transaction; `run` is the one that it is of."""
+        self._drops.add(name)
 
     def put_intent(self, id: str, revision: int, change: IntentChange) -> None:
         """Write an intent that was read at this revision; 0 = there was none."""
@@ -120,9 +136,10 @@ class Transaction:
         items: list[tuple[Argument, ...]] = []
         for name, (listed, doc) in self._puts.items():
             words, places = listed.words, " ".join(listed.places)
-            items.append(("put", name, self._read.get(name, 0), words, places, doc))
-        for name, run in self._drops.items():
-            items.append(("drop", name, self._read[name], run, "", b""))
+            revision = "~" if name in self._blind else self._read.get(name, 0)
+            items.append(("put", name, revision, words, places, doc))
+        for name in self._drops:
+            items.append(("drop", name, self._read[name], "", "", b""))
         for id, (revision, change) in self._intents.items():
             items.append(("intent", id, revision, change.words, "", change.doc))
         for name, revision in self._read.items():
@@ -130,16 +147,25 @@ class Transaction:
                 items.append(("check", name, revision, "", "", b""))
         for run, count in self._guards.items():
             items.append(("guard", run, count, "", "", b""))
+        size = sum(len(field) for item in items for field in item if isinstance(field, bytes))
+        if len(items) > codec.BATCH_MAX or size > COMMIT_BYTES_MAX:
+            raise InvalidInput(
+                f"a change of {len(items)} records with {size} bytes of JSON is too large to land whole: "
+                f"at most {codec.BATCH_MAX} records and {COMMIT_BYTES_MAX} bytes; nothing was written",
+                field="records",
+                limit=codec.BATCH_MAX,
+            )
         return [field for item in items for field in item]
 
 
 class Store:
     """The records of one tenant."""
 
-    __slots__ = ("_scope",)
+    __slots__ = ("_lines", "_scope")
 
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
+        self._lines: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @property
     def scope(self) -> Scope:
@@ -207,39 +233,58 @@ class Store:
                 "source": source,
                 "active": int(active_only),
                 "created_before": "" if created_before_ms is None else created_before_ms,
-                "guard": "",
             },
         )
-        found = [_stored(name.decode(), doc) for name, doc in reply[4:]]
+        found = [_stored(name.decode(), doc) for name, doc in reply[3:]]
         return found, reply[2].decode() if reply[1] else None
 
     async def transact(
         self,
         decide: Callable[[Transaction], Awaitable[Result]],
         *,
+        line: str | None = None,
         now_ms: int | None = None,
     ) -> Result:
         """Run `decide` on a fresh transaction and commit what it wrote; its result, once that landed.
 
         `decide` may run several times, each time on what is there then: it must have no other
-        effects. Raises Conflict when others were faster ATTEMPTS_MAX times in a row.
+        effects. line: transactions of this process that name the same line wait for each other,
+        instead of spoiling each other's attempts. Raises Conflict when others were faster
+        ATTEMPTS_MAX times in a row, InvalidInput for more than 1 000 records or 4 MiB.
         """
         scope = self._scope
         if scope.must_register:
             await scope.register()
         pause_ms = float(PAUSE_FIRST_MS)
-        for _ in range(ATTEMPTS_MAX):
-            transaction = Transaction(self, await self.now_ms(now_ms), now_ms)
-            result = await decide(transaction)
-            if transaction.is_empty or await self._commit(transaction, now_ms):
-                return result
-            await asyncio.sleep(random.uniform(0, pause_ms) / 1_000)
-            pause_ms = min(2 * pause_ms, PAUSE_MOST_MS)
+        async with self._wait_in(line):
+            for _ in range(ATTEMPTS_MAX):
+                transaction = Transaction(self, await self.now_ms(now_ms), now_ms)
+                result = await decide(transaction)
+                if transaction.is_empty or await self._commit(transaction, now_ms):
+                    return result
+                await asyncio.sleep(random.uniform(0, pause_ms) / 1_000)
+                pause_ms = min(2 * pause_ms, PAUSE_MOST_MS)
         raise Conflict(
             f"others changed the same records {ATTEMPTS_MAX} times in a row: nothing was written; try "
             "again when there is less going on",
             tenant=scope.tag,
         )
+
+    def _wait_in(self, line: str | None) -> AbstractAsyncContextManager[object]:
+        if line is None:
+            return nullcontext()
+        # Whoever holds or awaits a lock keeps it in the dictionary.
+        return self._lines.setdefault(line, asyncio.Lock())
+
+    async def overwrite(
+        self, name: str, listed: Listed, doc: bytes, *, now_ms: int | None = None
+    ) -> None:
+        """Write one record over whatever is there, in one call."""
+        if self._scope.must_register:
+            await self._scope.register()
+        transaction = Transaction(self, 0, now_ms)
+        transaction.overwrite(name, listed, doc)
+        await self._commit(transaction, now_ms)
 
     async def now_ms(self, now_ms: int | None) -> int:
         """The server's clock, or the caller's."""
@@ -278,30 +323,29 @@ class Store:
 
 
 def name_of(collection: str, *parts: str) -> str:
-    """The name of a record: its collection, and its encoded id; several parts joined by dots."""
+    """The name of a record: its collection, and its encoded id; several parts joined by dots.
+
+    InvalidInput for an id that is blank or longer than 400 bytes.
+    """
+    for part in parts:
+        codec.check_text(part, "id", bytes_max=RECORD_ID_BYTES_MAX)
     return f"{collection}/{'.'.join(encode_word(part) for part in parts)}"
 
 
 def _stored(name: str, doc: bytes) -> Stored:
-    head, _, text = doc.split(b"\n", 2)
-    return Stored(name, int(head.split(b" ", 1)[0]), text)
+    head, *rest = doc.split(b"\n", 2)
+    revision = head.partition(b" ")[0]
+    if len(rest) != 2 or not revision.isdigit():
+        raise CorruptState(
+            f"the record {name} cannot be read: nothing was changed; run `leasekit doctor`", id=name
+        )
+    return Stored(name, int(revision), rest[1])
 
 
 def _read_record(item: Any, name: str, reply: Reply) -> Stored | LeasekitError | None:
-    return None if item == b"missing" else _stored(name, item[1])
-
-
-def check_scope(scope: Scope, record: Any) -> None:
-    """InvalidInput for a record of another tenant."""
-    whose = record if isinstance(record, StatefulRuntimeScope) else getattr(record, "scope", None)
-    context = record.tenant_context if whose is None else whose.tenant_context
-    ours = scope.context
-    if (context.org_id, context.workspace_id, context.deployment_id) != (
-        ours.org_id,
-        ours.workspace_id,
-        ours.deployment_id,
-    ):
-        raise InvalidInput(
-            f"the record's scope names another tenant than {scope.tag}: nothing was written",
-            field="scope.tenant_context",
-        )
+    if item == b"missing":
+        return None
+    try:
+        return _stored(name, item[1])
+    except CorruptState as error:
+        return error
