@@ -5,19 +5,23 @@ Source: spec/reliability 5.4.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import msgspec
 
-from leasekit.errors import Conflict
-from leasekit.ledger.records import PhaseTransition, Run
+from leasekit.errors import Conflict, InvalidInput
+from leasekit.ledger.records import PhaseTransition, Run, RunSnapshot
 from leasekit.ledger.redaction import merged
 
 __all__ = [
     "ALLOWED_NEXT",
     "PHASE_OF",
+    "check_status",
     "derived",
+    "filled",
     "observed",
+    "refusal",
     "requeued",
     "transition",
     "with_status",
@@ -25,6 +29,9 @@ __all__ = [
 
 OBSERVED = "stateful_runtime.phase.observed"
 TRANSITION = "stateful_runtime.phase.transition"
+PAUSE_WORDS = frozenset({"pause_reason", "scheduler"})
+
+Phased = TypeVar("Phased", Run, RunSnapshot)
 
 ALLOWED_NEXT: dict[str, tuple[str, ...]] = {
     "created": ("queued", "cancelled"),
@@ -63,6 +70,24 @@ PHASE_OF = {
 }
 
 
+def refusal(before: str, after: str) -> str | None:
+    """Why a phase may not follow another, in the words of the specification; None where it may."""
+    if after in ALLOWED_NEXT[before]:
+        return None
+    terminal = "" if ALLOWED_NEXT[before] else "terminal phase "
+    return f"workflow phase transition from {terminal}{before} to {after} is not allowed"
+
+
+def check_status(status: str) -> str:
+    """A status that a run may have; InvalidInput for any other word."""
+    if status not in PHASE_OF:
+        raise InvalidInput(
+            f"status must be one of {', '.join(PHASE_OF)}, not {status}: nothing was changed",
+            field="status",
+        )
+    return status
+
+
 def observed(run_id: str, status: str, at_ms: int, phase_id: str | None = None) -> PhaseTransition:
     """A phase that was found, not entered."""
     phase = PHASE_OF[status]
@@ -87,14 +112,8 @@ def transition(
 ) -> PhaseTransition:
     """The step from a phase to that of a status; Conflict where the table does not allow it."""
     after = PHASE_OF[status]
-    if after not in ALLOWED_NEXT[before]:
-        terminal = "" if ALLOWED_NEXT[before] else "terminal phase "
-        raise Conflict(
-            f"workflow phase transition from {terminal}{before} to {after} is not allowed: nothing was "
-            "changed",
-            id=run_id,
-            status=before,
-        )
+    if (why := refusal(before, after)) is not None:
+        raise Conflict(f"{why}: nothing was changed", id=run_id, status=before)
     return PhaseTransition(
         event_id=f"{run_id}:phase_transition:{before}:{after}:{at_ms}",
         from_phase=before,
@@ -121,7 +140,9 @@ def derived(
     before: its phase so far, None where none is known. Raises Conflict for a step that is not allowed.
     """
     phase = PHASE_OF[status]
-    if before is None or before == phase:
+    if before is None:
+        steps = [observed(run_id, status, at_ms, phase_id)]
+    elif before == phase:
         steps = history or [observed(run_id, status, at_ms, phase_id)]
     else:
         step = transition(run_id, before, status, at_ms, phase_id=phase_id, reason=reason)
@@ -129,8 +150,32 @@ def derived(
     return phase, steps, list(ALLOWED_NEXT[phase])
 
 
-def requeued(run: Run, now_ms: int, metadata: Any) -> Run:
-    """A run back in line: no step of its phases, for it goes on where it was once it is claimed."""
+def filled(record: Phased, at_ms: int) -> Phased:
+    """A run or snapshot whose phase fits its status: one that names no phase, or another status's,
+    gets that of its status, as one that was observed (spec 5.4, 7.5). InvalidInput for an unknown
+    status."""
+    phase = PHASE_OF[check_status(record.status)]
+    if record.phase == phase and record.phase_history and record.allowed_next_phases:
+        return record
+    phase_id = record.current_phase_id if isinstance(record, Run) else record.phase_id
+    seen = observed(record.run_id, record.status, at_ms, phase_id)
+    history = record.phase_history
+    return msgspec.structs.replace(
+        record,
+        phase=phase,
+        phase_history=history if history and record.phase == phase else [*history, seen],
+        allowed_next_phases=list(ALLOWED_NEXT[phase]),
+    )
+
+
+def requeued(run: Run, now_ms: int, metadata: Mapping[str, Any]) -> Run:
+    """A run back in line: no step of its phases, for it goes on where it was once it is claimed.
+
+    Why it paused, and until when, is past; its execution claim is gone, the epoch stays.
+    """
+    before = run.metadata
+    if isinstance(before, Mapping):
+        before = {name: value for name, value in before.items() if name not in PAUSE_WORDS}
     return msgspec.structs.replace(
         run,
         status="queued",
@@ -138,7 +183,7 @@ def requeued(run: Run, now_ms: int, metadata: Any) -> Run:
         allowed_next_phases=list(ALLOWED_NEXT["queued"]),
         execution_claim=None,
         updated_at_ms=now_ms,
-        metadata=merged(run.metadata, metadata),
+        metadata=merged(before, metadata),
     )
 
 

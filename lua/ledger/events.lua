@@ -1,7 +1,7 @@
 -- ledger/events: a window of the log of one run, in the order of the sequence.
 --
 -- KEYS  1 log    zset event id -> its place in the sequence
---       2 events hash event id -> place, instant and JSON
+--       2 events hash event id -> place and JSON
 -- ARGV  1 now_ms "" for the server's clock
 --       2 after  only places above this one; "" = all
 --       3 before only places below this one; "" = all
@@ -22,9 +22,11 @@ end
 if not most then
   return refuse("limit")
 end
-if (after ~= "" and not whole(after, 0, NEVER_MS))
-  or (before ~= "" and not whole(before, 0, NEVER_MS)) then
-  return refuse("bound")
+if after ~= "" and not whole(after, 0, NEVER_MS) then
+  return refuse("after")
+end
+if before ~= "" and not whole(before, 0, NEVER_MS) then
+  return refuse("before")
 end
 if not is_flag(tail) then
   return refuse("tail")
@@ -39,24 +41,27 @@ else
   found = redis.call("ZRANGEBYSCORE", log, low, high, "WITHSCORES", "LIMIT", "0",
     integer(most + 1))
 end
-local ids, places = {}, {}
-for i = 1, #found, 2 do
-  ids[#ids + 1], places[#places + 1] = found[i], found[i + 1]
-end
-local stored = values_of(events, ids)
 local last = redis.call("HGET", events, "") or "0"
-local reply, bytes, more = { now, #ids > most and 1 or 0, last }, 0, #ids > most
-local shown = {}
-for i = 1, math.min(#ids, most) do
-  if bytes > REPLY_BYTES_MAX then
-    more = true
-    break
+local rows = math.min(#found / 2, most)
+local shown, first, bytes = {}, 1, 0
+while first <= rows and bytes <= REPLY_BYTES_MAX do
+  local ids = {}
+  for i = first, math.min(first + CHUNK_ROWS - 1, rows) do
+    ids[#ids + 1] = found[2 * i - 1]
   end
-  bytes = bytes + #(stored[i] or "")
-  shown[i] = { ids[i], places[i], string.match(stored[i] or "", "^[^\n]*\n(.*)$") or "" }
+  local stored = values_of(events, ids)
+  for i = 1, #ids do
+    if bytes <= REPLY_BYTES_MAX then
+      local text = string.match(stored[i] or "", "^[^\n]*\n(.*)$") or ""
+      bytes = bytes + #text
+      shown[#shown + 1] = { ids[i], found[2 * (first + i - 1)], text }
+    end
+  end
+  first = first + CHUNK_ROWS
 end
+
+local reply = { now, #found / 2 > #shown and 1 or 0, last }
 for i = 1, #shown do
   reply[3 + i] = tail == "1" and shown[#shown + 1 - i] or shown[i]
 end
-reply[2] = more and 1 or 0
 return reply

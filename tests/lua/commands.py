@@ -39,6 +39,8 @@ DEFAULTS: dict[str, str | int] = {
     "after_score": "",
     "after_id": "",
     "after_route": "",
+    "before": "",
+    "tail": 0,
     "statuses": "",
     "routes": "",
     "prefix": "",
@@ -167,6 +169,8 @@ class Tenant:
             return registry_keys(self.registry_prefix)[word]
         if word == "fence":
             return self.keys.fence
+        if concept == "ledger":
+            return self.keys.named(concept, word, route)
         if word == "members":
             word = members or ("updated" if concept == "gate" else "due")
         if (concept, word) == ("outbox", "due"):
@@ -270,6 +274,7 @@ def invariants(state: State) -> None:
     _check_rows(state)
     _check_pairs(state)
     _check_intents(state)
+    _check_logs(state)
     fences = [int(line.split()[7]) for line in state.get("outbox:state", {}).values()]
     fences += [int(line.split()[2]) for line in state.get("lease:docs", {}).values()]
     intents = [line.split(" ") for line in state.get("gate:state", {}).values()]
@@ -386,6 +391,20 @@ def _check_intents(state: State) -> None:
     name, *openings = state.get("gate:dataset", "").split("\n")
     assert len(name) == 22 or not lines
     assert len({opening.split(" ")[0] for opening in openings}) == len(openings) <= 16
+
+
+def _check_logs(state: State) -> None:
+    """The events of a run stand in its log at their places, each place given once; compacted ones are
+    known by their places alone. The last place ever given is kept under the empty id."""
+    for key, events in state.items():
+        if not key.startswith("ledger:events:"):
+            continue
+        log = state.get(key.replace(":events:", ":log:"), {})
+        last, *lines = events[""], *(line for id, line in events.items() if id)
+        kept = {id: int(line.split("\n")[0]) for id, line in events.items() if "\n" in line}
+        assert kept == log
+        assert len(set(log.values())) == len(log)
+        assert int(last) == max(int(line.split("\n")[0]) for line in lines)
 
 
 # --- transcripts ----------------------------------------------------------------------------------
