@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from leasekit import codec
+from leasekit.errors import InvalidInput
 from leasekit.keys import encode_word
 from leasekit.ledger.records import (
     AuditEvent,
@@ -19,11 +20,13 @@ from leasekit.ledger.records import (
     PolicyDecision,
     Run,
     RunSnapshot,
+    StatefulRuntimeScope,
     ToolEffect,
     Wait,
 )
 from leasekit.ledger.recovery import is_superseded
-from leasekit.ledger.store import NO_SOURCE, Listed, name_of, place
+from leasekit.ledger.store import NO_SOURCE, RECORD_ID_BYTES_MAX, Listed, name_of, place
+from leasekit.scope import Scope
 
 __all__ = [
     "AUDIT",
@@ -35,13 +38,16 @@ __all__ = [
     "SNAPSHOTS",
     "WAITS",
     "Collection",
+    "check_scope",
+    "is_off",
+    "list_about",
     "run_word",
     "word",
 ]
 
 NO_RUN = "~"
 NEVER_MS = codec.INSTANT_MS_MAX
-# A name behind `~` that is no escape: no run's list can have it.
+# A name behind `~` that is no escape: no run's list can have it (nor `list_about`'s below).
 DUE = "waits:~due"
 ENDED = "waits:~ended"
 QUEUED = "runs:~queued"
@@ -56,6 +62,11 @@ Record = TypeVar("Record", bound=msgspec.Struct)
 def word(text: str | None) -> str:
     """What pages filter by: normalised (spec 0.2), as one word; `~` for none."""
     return encode_word(codec.normalised(text or "")) or NO_SOURCE
+
+
+def is_off(text: str | None) -> bool:
+    """Whether a filter lets everything through: none, a blank one, or `all` (spec 0.2)."""
+    return text is None or codec.normalised(text) in ("", "all")
 
 
 def run_word(run_id: str | None) -> str:
@@ -74,10 +85,11 @@ class Collection(Generic[Record]):
         parts: Callable[[Any], tuple[str, ...]],
         order: Callable[[Any], int],
         status: Callable[[Any], str],
-        source: Callable[[Any], str | None] = lambda record: None,
+        source: Callable[[Any], str | None] | None = None,
         run: Callable[[Any], str | None] = lambda record: record.run_id,
         is_active: Callable[[Any], bool] = lambda record: True,
         more: Callable[[Any], dict[str, int]] = lambda record: {},
+        bytes_max: int = codec.DOCUMENT_BYTES_MAX,
     ) -> None:
         self.name = name
         self._kind = kind
@@ -88,10 +100,24 @@ class Collection(Generic[Record]):
         self._run = run
         self._is_active = is_active
         self._more = more
+        self._bytes_max = bytes_max
+
+    @property
+    def has_source(self) -> bool:
+        """Whether its records are told apart by where they come from; else that filter is ignored."""
+        return self._source is not None
 
     def name_of(self, *parts: str) -> str:
         """The stored name of the record with that id; waits and snapshots are named by run and id."""
         return name_of(self.name, *parts)
+
+    def check(self, record: object) -> None:
+        """InvalidInput for what is no record of this kind."""
+        if not isinstance(record, self._kind):
+            raise InvalidInput(
+                f"{self.name} takes a {self._kind.__name__}, not {type(record).__name__}",
+                field="record",
+            )
 
     def name_for(self, record: Record) -> str:
         return self.name_of(*self._parts(record))
@@ -104,22 +130,35 @@ class Collection(Generic[Record]):
         return run_word(self._run(record))
 
     def listed(self, record: Record) -> Listed:
-        """The lists a record stands in, and what pages filter it by."""
+        """The lists a record stands in, and what pages filter it by.
+
+        InvalidInput for a record whose times, names or words cannot be filed.
+        """
         run, order = self.run_of(record), self._order(record)
+        created_at = getattr(record, "created_at_ms", 0)
+        for at, field in ((order, "order"), (created_at, "created_at_ms")):
+            codec.check_whole(at, f"{self.name}: {field}", 0, codec.INSTANT_MS_MAX)
+        status, source = self._status(record), self._source(record) if self._source else None
+        for text, field in ((self._run(record), "run_id"), (status, "status"), (source, "source")):
+            if text:
+                codec.check_text(text, f"{self.name}: {field}", bytes_max=RECORD_ID_BYTES_MAX)
         lists = {self.name: order} | self._more(record)
         if run != NO_RUN:
             lists[f"{self.name}:{run}"] = order
         tail = self.name_for(record).partition("/")[2]
         return Listed(
             places=tuple(place(listed, at, tail) for listed, at in lists.items()),
-            created_at_ms=getattr(record, "created_at_ms", 0),
-            status=word(self._status(record)),
+            created_at_ms=created_at,
+            status=word(status),
             run=run,
-            source=word(self._source(record)),
+            source=word(source),
             is_active=self._is_active(record),
         )
 
     def encode(self, record: Record) -> bytes:
+        """A record's JSON in the order of its fields; InvalidInput for what JSON cannot carry, and for
+        more than 64 KiB (runs and snapshots: 256)."""
+        codec.canonical_json(record, self.name, bytes_max=self._bytes_max)
         text: bytes = msgspec.json.encode(record)
         return text
 
@@ -153,6 +192,9 @@ DEAD_LETTERS = Collection(
     status=_status,
     source=lambda record: record.source_type,
     is_active=lambda record: not is_superseded(record.metadata),
+    more=lambda record: _about(
+        "dead_letters", record, source=record.source_id, settled_by=record.compensation_id
+    ),
 )
 COMPENSATIONS = Collection(
     "compensations",
@@ -163,7 +205,24 @@ COMPENSATIONS = Collection(
     is_active=lambda record: (
         record.status not in ENDED_COMPENSATIONS and not is_superseded(record.metadata)
     ),
+    more=lambda record: _about(
+        "compensations", record, effect=record.target_effect_id, outbox=record.outbox_id
+    ),
 )
+
+
+def list_about(collection: Collection[Any], what: str, id: str) -> str:
+    """The list of records of a collection that are about one other record, such as an effect."""
+    return _list_about(collection.name, what, id)
+
+
+def _list_about(name: str, what: str, id: str) -> str:
+    return f"{name}:~{what}.{encode_word(id)}"
+
+
+def _about(name: str, record: Any, **others: str | None) -> dict[str, int]:
+    """The lists in which a record is found by what it is about."""
+    return {_list_about(name, what, id): record.updated_at_ms for what, id in others.items() if id}
 
 
 def due_of(wait: Wait) -> int:
@@ -218,6 +277,7 @@ RUNS = Collection(
     status=_status,
     source=lambda record: record.kind,
     more=_of_runs,
+    bytes_max=codec.PAYLOAD_BYTES_DEFAULT,
 )
 SNAPSHOTS = Collection(
     "snapshots",
@@ -225,6 +285,7 @@ SNAPSHOTS = Collection(
     parts=lambda record: (record.run_id, record.snapshot_id),
     order=lambda record: record.seq,
     status=_status,
+    bytes_max=codec.PAYLOAD_BYTES_DEFAULT,
 )
 AUDIT = Collection(
     "audit",
@@ -242,3 +303,19 @@ DECISIONS = Collection(
     order=lambda record: record.created_at_ms,
     status=lambda record: record.decision,
 )
+
+
+def check_scope(scope: Scope, record: Any) -> None:
+    """InvalidInput for a record of another tenant."""
+    whose = record if isinstance(record, StatefulRuntimeScope) else getattr(record, "scope", None)
+    context = record.tenant_context if whose is None else whose.tenant_context
+    ours = scope.context
+    if (context.org_id, context.workspace_id, context.deployment_id) != (
+        ours.org_id,
+        ours.workspace_id,
+        ours.deployment_id,
+    ):
+        raise InvalidInput(
+            f"the record's scope names another tenant than {scope.tag}: nothing was written",
+            field="scope.tenant_context",
+        )

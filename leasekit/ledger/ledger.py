@@ -15,9 +15,9 @@ import msgspec
 
 from leasekit import codec
 from leasekit.errors import Conflict
-from leasekit.gate import Gate, Intent, LedgerEvent, Permit, PreSendEvent, Receipt, Source, identity
+from leasekit.gate import Gate, Intent, LedgerEvent, Permit, PreSendEvent, Receipt, Source
 from leasekit.gate.events import check_event, is_completion
-from leasekit.gate.identity import outbox_id
+from leasekit.gate.identity import key_digest, outbox_id
 from leasekit.ledger import bridge as bridging
 from leasekit.ledger import recovery
 from leasekit.ledger.audit import Audit, Decisions
@@ -28,6 +28,8 @@ from leasekit.ledger.filing import (
     EFFECTS,
     Collection,
     check_scope,
+    is_off,
+    list_about,
     run_word,
     word,
 )
@@ -78,7 +80,7 @@ class Records(Generic[Record]):
         collection.check(record)
         check_scope(self._store.scope, record)
         name, listed = collection.name_for(record), collection.listed(record)
-        await self._store.overwrite(name, listed, collection.encode(record), now_ms=now_ms)
+        await self._store.put(name, listed, collection.encode(record), now_ms=now_ms)
         return record
 
     async def get(self, id: str, *, now_ms: int | None = None) -> Record | None:
@@ -152,14 +154,14 @@ class Ledger:
         check_scope(self._scope, scope)
         bridging.check_action(action)
         suffix = bridging.suffix_of(action)
-        outbox_id, effect_id = f"outbox-{suffix}", f"effect-{suffix}"
+        intent_id, effect_id = f"outbox-{suffix}", f"effect-{suffix}"
         compensation_id = bridging.compensation_id_of(action)
 
         async def record(transaction: Transaction) -> ToolEffect:
             # These first: every bridge of the effect writes both, so that one that lands while the
             # rest is read is noticed.
             await get(transaction, EFFECTS, effect_id)
-            intent = await self._store.intent(outbox_id, now_ms=now_ms)
+            intent = await self._store.intent(intent_id, now_ms=now_ms)
             letters = await self._about(
                 transaction,
                 DEAD_LETTERS,
@@ -169,7 +171,7 @@ class Ledger:
             compensations = await self._about(
                 transaction,
                 COMPENSATIONS,
-                {"effect": effect_id, "outbox": outbox_id},
+                {"effect": effect_id, "outbox": intent_id},
                 also=compensation_id,
             )
             bridged = bridging.bridge(
@@ -569,8 +571,8 @@ def put_intent(transaction: Transaction, row: Mapping[str, Any], revision: int) 
             str(row["created_at_ms"]),
             str(row["updated_at_ms"]),
             str(row.get("claimed_at_ms") or 0),
-            identity.run_word(row.get("run_id")),
-            identity.key_digest(key) if key else "~",
+            run_word(row.get("run_id")),
+            key_digest(key) if key else "~",
             row.get("owner") or row.get("claimed_by") or "",
         ]
     )

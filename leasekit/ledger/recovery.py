@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from leasekit import codec
-from leasekit.errors import Conflict
+from leasekit.errors import Conflict, InvalidInput
 from leasekit.ledger.records import Compensation, DeadLetter, PrincipalRef, ToolEffect
 from leasekit.ledger.redaction import digest, merged, redacted, short16
 
@@ -23,6 +23,7 @@ __all__ = [
     "begun",
     "disposed",
     "ended",
+    "failed",
     "is_superseded",
     "linked",
     "moved",
@@ -30,11 +31,15 @@ __all__ = [
     "receipt_of",
     "sent",
     "superseded",
+    "without_mark",
 ]
 
 ENGINE = "stateful_compensation_engine"
 CLAIM_MS = 300_000
 
+LETTER_STATUSES = (
+    *("open", "retry_requested", "retrying", "ignored", "linked_to_compensation", "resolved"),
+)
 TRANSITIONS: dict[str, tuple[str, ...]] = {
     "proposed": ("awaiting_approval", "approved", "cancelled"),
     "awaiting_approval": ("approved", "cancelled"),
@@ -47,9 +52,14 @@ TRANSITIONS: dict[str, tuple[str, ...]] = {
 
 
 def moved(compensation: Compensation, status: str, now_ms: int) -> Compensation:
-    """A compensation in another status; Conflict where the table does not allow it."""
+    """A compensation in another status; Conflict where the table does not allow it, InvalidInput for
+    what is no status."""
     before = compensation.status
-    if status != before and status not in TRANSITIONS[before]:
+    if status not in TRANSITIONS:
+        raise InvalidInput(
+            f"status must be one of {', '.join(TRANSITIONS)}, not {status!r}", field="status"
+        )
+    if status != before and status not in TRANSITIONS.get(before, ()):
         raise Conflict(
             f"illegal stateful compensation status transition from `{before}` to `{status}`: nothing "
             "was changed",
@@ -68,7 +78,12 @@ def disposed(
     actor: PrincipalRef | None,
     now_ms: int,
 ) -> DeadLetter:
-    """A dead letter as an operator left it."""
+    """A dead letter as an operator left it; InvalidInput for what is no status or label."""
+    if status not in LETTER_STATUSES:
+        raise InvalidInput(
+            f"status must be one of {', '.join(LETTER_STATUSES)}, not {status!r}", field="status"
+        )
+    codec.check_text(disposition, "disposition")
     return msgspec.structs.replace(
         letter,
         status=status,
@@ -81,6 +96,14 @@ def disposed(
 
 
 # --- superseded by a success (4.7) ----------------------------------------------------------------
+
+
+_MARK = frozenset(
+    {
+        *("superseded_by_success", "superseded_by_effect_id", "superseded_at_ms"),
+        "superseded_by_outbox_id",
+    }
+)
 
 
 def is_superseded(metadata: Any) -> bool:
@@ -96,6 +119,11 @@ def is_superseded(metadata: Any) -> bool:
         and not isinstance(at, bool)
         and at >= 0
     )
+
+
+def without_mark(metadata: Any) -> Any:
+    """Metadata without the mark of a success: it failed again since."""
+    return {name: value for name, value in metadata.items() if name not in _MARK}
 
 
 def superseded(metadata: Any, effect: ToolEffect) -> Any:
@@ -115,7 +143,11 @@ def superseded(metadata: Any, effect: ToolEffect) -> Any:
 
 
 class Execution(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What an execution led to: the records as they are now. outbox: the intent's row, as JSON fields."""
+    """What an execution led to: the records as they are now.
+
+    receipt_effect: None where the compensating call failed (the compensation is `failed`), or was
+    certainly not made (it is still `running`). already_completed: it was executed before.
+    """
 
     compensation: Compensation
     receipt_effect: ToolEffect | None = None
@@ -268,6 +300,19 @@ def ended(running: Compensation, receipt: ToolEffect, now_ms: int) -> Compensati
         running,
         status="completed",
         receipt_effect_id=receipt.effect_id,
+        updated_at_ms=now_ms,
+        metadata=merged(running.metadata, stage),
+    )
+
+
+def failed(running: Compensation, error: str | None, now_ms: int) -> Compensation:
+    """The compensation once its call has failed: it may be executed again, as another attempt."""
+    stage: dict[str, Any] = {"execution_stage": "failed", "previous_status": "running"}
+    if error is not None:
+        stage["execution_error"] = error
+    return msgspec.structs.replace(
+        running,
+        status="failed",
         updated_at_ms=now_ms,
         metadata=merged(running.metadata, stage),
     )

@@ -19,7 +19,7 @@ import msgspec
 
 from leasekit import codec
 from leasekit.coalesce import Reply, Variant
-from leasekit.errors import Conflict, InvalidInput, LeasekitError
+from leasekit.errors import Conflict, CorruptState, InvalidInput, LeasekitError
 from leasekit.gate import Gate, Intent
 from leasekit.keys import encode_word
 from leasekit.scope import Scope, word_of
@@ -36,6 +36,7 @@ NO_SOURCE = "~"
 
 _COMMIT = script("ledger/commit", item=("kind", "name", "revision", "words", "places", "doc"))
 _GET = script("ledger/get", item=("kind", "name"))
+_PUT = script("ledger/put", item=("name", "token", "words", "places", "doc"))
 _PAGE = script("ledger/page")
 
 Result = TypeVar("Result")
@@ -87,7 +88,6 @@ class Transaction:
         self._read: dict[str, int] = {}
         self._guards: dict[str, int] = {}
         self._puts: dict[str, tuple[Listed, bytes]] = {}
-        self._blind: set[str] = set()
         self._drops: set[str] = set()
         self._intents: dict[str, tuple[int, IntentChange]] = {}
 
@@ -114,11 +114,6 @@ class Transaction:
         """Write a record that was read in this transaction, or is known not to be there."""
         self._puts[name] = (listed, doc)
 
-    def overwrite(self, name: str, listed: Listed, doc: bytes) -> None:
-        """Write a record over whatever is there."""
-        self._puts[name] = (listed, doc)
-        self._blind.add(name)
-
     def drop(self, name: str, run: str) -> None:
         """Delete a record that was read in this transaction; `run` is the one that it is of."""
         self._drops.add(name)
@@ -136,10 +131,8 @@ class Transaction:
         items: list[tuple[Argument, ...]] = []
         for name, (listed, doc) in self._puts.items():
             words, places = listed.words, " ".join(listed.places)
-            revision = "~" if name in self._blind else self._read.get(name, 0)
-            items.append(("put", name, revision, words, places, doc))
-        for name in self._drops:
-            items.append(("drop", name, self._read[name], "", "", b""))
+            items.append(("put", name, self._read.get(name, 0), words, places, doc))
+        items += [("drop", name, self._read[name], "", "", b"") for name in self._drops]
         for id, (revision, change) in self._intents.items():
             items.append(("intent", id, revision, change.words, "", change.doc))
         for name, revision in self._read.items():
@@ -276,15 +269,22 @@ class Store:
         # Whoever holds or awaits a lock keeps it in the dictionary.
         return self._lines.setdefault(line, asyncio.Lock())
 
-    async def overwrite(
+    async def put(
         self, name: str, listed: Listed, doc: bytes, *, now_ms: int | None = None
     ) -> None:
-        """Write one record over whatever is there, in one call."""
-        if self._scope.must_register:
-            await self._scope.register()
-        transaction = Transaction(self, 0, now_ms)
-        transaction.overwrite(name, listed, doc)
-        await self._commit(transaction, now_ms)
+        """Write one record over whatever is there; many such calls travel as one."""
+        scope = self._scope
+        if scope.must_register:
+            await scope.register()
+        await scope.coalescer.submit(
+            _PUT,
+            scope.tag,
+            (scope.now_argument(now_ms),),
+            self._bind,
+            (name, codec.new_token(), listed.words, " ".join(listed.places), doc),
+            lambda item, context, reply: None,
+            size=len(doc),
+        )
 
     async def now_ms(self, now_ms: int | None) -> int:
         """The server's clock, or the caller's."""
@@ -346,6 +346,7 @@ def _read_record(item: Any, name: str, reply: Reply) -> Stored | LeasekitError |
     if item == b"missing":
         return None
     try:
-        return _stored(name, item[1])
+        found: Stored = _stored(name, item[1])
     except CorruptState as error:
         return error
+    return found

@@ -1,8 +1,7 @@
 -- ledger/page: a page of one list of records.
 --
--- KEYS  1 docs   hash record -> head, places, JSON
---       2 index  zset place of a record in a list -> 0
---       3 guards hash run -> number of commits that changed records of it
+-- KEYS  1 docs  hash record -> head, places, JSON
+--       2 index zset place of a record in a list -> 0
 -- ARGV  1 now_ms     "" for the server's clock
 --       2 limit      records of the page
 --       3 collection what the list's records are named by
@@ -14,15 +13,14 @@
 --       9 source     "" or the wanted source
 --      10 active     1 = only active records
 --      11 created_before only what was created before this instant; "" = all
---      12 guard      the run whose guard is wanted
--- REPLY now_ms more after guard, per record: name doc
+-- REPLY now_ms more after, per record: name doc; after = order and name of the last one looked at
 -- ERRORS LK_ARGUMENT
 -- FLAGS no-writes
 -- COST  O(log n + records looked at, at most 1 000)
-local docs, index, guards = KEYS[1], KEYS[2], KEYS[3]
+local docs, index = KEYS[1], KEYS[2]
 local now_ms, limit, collection, list, after = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local newest, upto, statuses, source = ARGV[6], ARGV[7], ARGV[8], ARGV[9]
-local active, created_before, guard = ARGV[10], ARGV[11], ARGV[12]
+local active, created_before = ARGV[10], ARGV[11]
 
 local now = clock(now_ms)
 local wanted = whole(limit, 1, ITEMS_MAX)
@@ -49,14 +47,17 @@ if after ~= "" and newest == "1" then
 elseif after ~= "" then
   low = "(" .. list .. "|" .. after
 end
-local reply = { now, 0, "", redis.call("HGET", guards, guard) or "0" }
+-- Where every record counts, no more are read than are wanted, and one to see if more follow.
+local is_filtered = statuses ~= "" or source ~= "" or active == "1" or created_before ~= ""
+local reply = { now, 0, "" }
 local taken, looked_at, bytes, more = 0, 0, 0, false
 repeat
+  local chunk = is_filtered and CHUNK_ROWS or math.min(CHUNK_ROWS, wanted - taken + 1)
   local found
   if newest == "1" then
-    found = redis.call("ZREVRANGEBYLEX", index, high, low, "LIMIT", "0", integer(CHUNK_ROWS))
+    found = redis.call("ZREVRANGEBYLEX", index, high, low, "LIMIT", "0", integer(chunk))
   else
-    found = redis.call("ZRANGEBYLEX", index, low, high, "LIMIT", "0", integer(CHUNK_ROWS))
+    found = redis.call("ZRANGEBYLEX", index, low, high, "LIMIT", "0", integer(chunk))
   end
   local names = {}
   for i = 1, #found do
@@ -85,7 +86,7 @@ repeat
       reply[#reply + 1] = { names[i], stored[i] }
     end
   end
-  local last_chunk = #names < CHUNK_ROWS
+  local last_chunk = #names < chunk
   if not last_chunk and looked_at >= ITEMS_MAX then
     more = true
   end

@@ -26,6 +26,9 @@ local names = {}
 for i = 1, count do
   local base = FIXED + (i - 1) * WIDTH
   names[i] = ARGV[base + 1]
+  if not string.find(names[i], "^[a-z_]+/[a-z0-9_~.-]+$") then
+    return refuse("name")
+  end
   if not is_token(ARGV[base + 2]) then
     return refuse("token")
   end
@@ -43,9 +46,10 @@ for i = 1, count do
   local base = FIXED + (i - 1) * WIDTH
   local name, token, words = names[i], ARGV[base + 2], ARGV[base + 3]
   local before = handled[name] or stored[i]
-  local revision, by, stood_in = "0", nil, ""
+  local revision, by, was_of, stood_in
   if before then
-    revision, by, stood_in = string.match(before, "^(%d+) (%S+) [^\n]*\n([^\n]*)\n")
+    revision, by, was_of, stood_in =
+      string.match(before, "^(%d+) (%S+) %d+ %S+ %S+ [01] (%S+)\n([^\n]*)\n")
   end
   if by == token then
     reply[i + 1] = { "put", revision }
@@ -60,6 +64,9 @@ for i = 1, count do
       .. ARGV[base + 5]
     local run = string.match(words, "%S+$")
     raised[run] = (raised[run] or 0) + 1
+    if was_of and was_of ~= run then
+      raised[was_of] = (raised[was_of] or 0) + 1
+    end
     reply[i + 1] = { "put", revision }
   end
 end
@@ -81,7 +88,5 @@ end
 write("HSET", docs, doc_pairs)
 write("ZREM", index, gone_places)
 write("ZADD", index, places)
-for run, times in pairs(raised) do
-  redis.call("HINCRBY", guards, run, integer(times))
-end
+add(guards, raised)
 return reply
