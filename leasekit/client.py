@@ -30,6 +30,7 @@ from leasekit.idempotency import Idempotency
 from leasekit.keys import registry_keys, tenant_parts, tenant_tag
 from leasekit.lease import Leases
 from leasekit.ledger import Ledger
+from leasekit.ledger.store import Store
 from leasekit.model import Page, Retention, RunCounts, TenantContext
 from leasekit.outbox import LEASE_MS_DEFAULT, Claim, Outbox
 from leasekit.policy import GatePolicy
@@ -42,6 +43,7 @@ from leasekit.scope import (
     encode_cursor,
     make_coalescer,
 )
+from leasekit.views import Catalogue, CatalogueOf, Reader, Views
 
 __all__ = ["Leasekit", "Tenant", "connect"]
 
@@ -64,9 +66,9 @@ class Tenant:
     `actor` says who acts, for records; it never makes another tenant.
     """
 
-    __slots__ = ("context", "gate", "idempotency", "leases", "ledger", "outbox", "tag")
+    __slots__ = ("context", "gate", "idempotency", "leases", "ledger", "outbox", "tag", "views")
 
-    def __init__(self, scope: Scope) -> None:
+    def __init__(self, scope: Scope, catalogue: Catalogue | CatalogueOf) -> None:
         self.tag = scope.tag
         self.context = scope.context
         self.leases = Leases(scope)
@@ -74,6 +76,7 @@ class Tenant:
         self.idempotency = Idempotency(scope)
         self.gate = Gate(scope)
         self.ledger = Ledger(scope, self.gate)
+        self.views = Views(self.ledger, Reader(Store(scope), self.gate), scope.context, catalogue)
 
     def __repr__(self) -> str:
         return f"<Tenant {self.tag}>"
@@ -82,8 +85,9 @@ class Tenant:
 class Leasekit:
     """A connected client, for one event loop. Made by `connect`."""
 
-    def __init__(self, shared: Shared) -> None:
+    def __init__(self, shared: Shared, catalogue: Catalogue | CatalogueOf) -> None:
         self._shared = shared
+        self._catalogue = catalogue
         self._tenants: OrderedDict[tuple[str, str | None], Tenant] = OrderedDict()
 
     def __repr__(self) -> str:
@@ -129,7 +133,7 @@ class Leasekit:
         tenant = self._tenants.get((tag, actor))
         if tenant is None:
             context = _context(org, workspace, deployment, actor)
-            tenant = Tenant(Scope(self._shared, tag, context))
+            tenant = Tenant(Scope(self._shared, tag, context), self._catalogue)
             self._tenants[tag, actor] = tenant
             if len(self._tenants) > TENANTS_REMEMBERED:
                 self._tenants.popitem(last=False)
@@ -269,6 +273,7 @@ class connect(AbstractAsyncContextManager[Leasekit]):  # reads as a function
         retention: Retention | None = None,
         durability: Durability | str | None = None,
         gate: GatePolicy | None = None,
+        catalogue: Catalogue | CatalogueOf | None = None,
         clock: Literal["server", "caller"] = "server",
         timeout_ms: int = TIMEOUT_MS_DEFAULT,
         allow_eviction: bool = False,
@@ -287,6 +292,7 @@ class connect(AbstractAsyncContextManager[Leasekit]):  # reads as a function
         if durability is None:
             durability = os.environ.get(DURABILITY_VARIABLE) or "none"
         self._durability = durability_of(durability)
+        self._catalogue = Catalogue() if catalogue is None else catalogue
         self._url = url
         self._timeout_ms = timeout_ms
         self._allow_eviction = allow_eviction
@@ -312,7 +318,7 @@ class connect(AbstractAsyncContextManager[Leasekit]):  # reads as a function
         if gate is not None:
             # At once, so that a server that cannot keep the gate's class is told of now.
             await shared.coalescer_for(gate)
-        return Leasekit(shared)
+        return Leasekit(shared, self._catalogue)
 
     def __await__(self) -> Generator[Any, None, Leasekit]:
         return self._open().__await__()

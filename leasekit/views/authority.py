@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from leasekit import codec
+from leasekit.errors import InvalidInput
 from leasekit.ledger.records import (
     OrganizationUnit,
     OrganizationUnitAccessGrant,
@@ -22,7 +23,13 @@ from leasekit.ledger.records import (
 )
 from leasekit.model import TenantContext
 
-__all__ = ["Catalogue", "authorising_grants", "eligible_bindings", "enterprise_scope"]
+__all__ = [
+    "Catalogue",
+    "authorising_grants",
+    "check_authority",
+    "eligible_bindings",
+    "enterprise_scope",
+]
 
 SOURCES_SHOWN = 12
 
@@ -101,7 +108,9 @@ def _is_within(scope: StatefulRuntimeScope, resource: ResourceRef) -> bool:
 def names_unit(reference: str, unit_id: str) -> bool:
     """Whether a principal's id names a unit: itself, or the last part of a path."""
     wanted, found = canonical_id(unit_id), canonical_id(reference)
-    return found is not None and (found == wanted or found.endswith(f"/{wanted}"))
+    if wanted is None or found is None:
+        return False
+    return found == wanted or found.endswith(f"/{wanted}")
 
 
 def authorising_grants(
@@ -123,6 +132,56 @@ def authorising_grants(
         and _is_within(scope, grant.resource)
     ]
     return sorted(found, key=lambda grant: grant.grant_id)
+
+
+def check_authority(scope: StatefulRuntimeScope, catalogue: Catalogue, now_ms: int) -> None:
+    """Whether a run may be made with this scope (spec 6.5): InvalidInput, naming the grant, where one
+    that it declares does not allow it, or another one denies it.
+
+    A grant allows it that is active, of the same tenant and org unit, for the scope's root and every
+    allowed resource, for all its data classes, and with the permission `execute`. One that denies
+    needs less: it touches one of the resources, and one of the data classes where it names any.
+    """
+    if not scope.delegation_grant_ids:
+        return
+    limits = scope.resource_scope
+    resources = [] if limits is None else [limits.root, *limits.allowed_resources]
+    classes = frozenset(scope.data_classes)
+    near = [
+        grant
+        for grant in catalogue.grants
+        if _same_tenant(grant.tenant_context, scope.tenant_context)
+        and grant.is_active(now_ms)
+        and (
+            scope.owning_org_unit_id is None or names_unit(grant.unit.id, scope.owning_org_unit_id)
+        )
+        and "execute" in grant.permissions
+    ]
+    for grant in near:
+        touches = not resources or any(applies_to(grant.resource, one) for one in resources)
+        is_about = not grant.data_classes or not classes or classes & frozenset(grant.data_classes)
+        if grant.effect == "deny" and touches and is_about:
+            raise _refused(f"grant {grant.grant_id} denies it")
+    allowing = {
+        codec.normalised(grant.grant_id)
+        for grant in near
+        if grant.effect == "allow"
+        and all(applies_to(grant.resource, one) for one in resources)
+        and classes <= frozenset(grant.data_classes)
+    }
+    for wanted in scope.delegation_grant_ids:
+        if codec.normalised(wanted) not in allowing:
+            raise _refused(
+                f"grant {wanted} does not allow it: it is not there, not active, or not for this org "
+                "unit, these resources and data classes, with the permission `execute`"
+            )
+
+
+def _refused(why: str) -> InvalidInput:
+    return InvalidInput(
+        f"a run may not be made with this scope: {why}; nothing was written",
+        field="scope.delegation_grant_ids",
+    )
 
 
 def eligible_bindings(scope: StatefulRuntimeScope, catalogue: Catalogue) -> list[SourceBinding]:

@@ -11,7 +11,15 @@ from typing import Any
 import msgspec
 
 from leasekit import codec
-from leasekit.views.pages import COLLECTIONS, Filters, Reader, clamped, id_of
+from leasekit.views.pages import (
+    COLLECTIONS,
+    Filters,
+    Found,
+    Reader,
+    check_anchor,
+    clamped,
+    id_of,
+)
 
 __all__ = ["collection_named", "reliability_page"]
 
@@ -38,45 +46,51 @@ async def reliability_page(
     limit: int | None = None,
     after_id: str | None = None,
     after_collection: str | None = None,
+    after_scan: bool = False,
     now_ms: int | None = None,
 ) -> dict[str, Any]:
     """One page of each collection, with counts and cursors: the body of 6.7 without what its route adds.
 
     The cursor moves its own collection on; the others show their first page again. A cursor whose
-    collection cannot be told, or whose record is gone, shows nothing.
+    collection cannot be told shows nothing; one whose record is gone, nothing of its collection.
+
+    A page for which too much would have to be looked at (see Reader) is short, and has a cursor with
+    `after_scan`: its record need not be one that the filters show. Only such a page does.
     """
+    filters.check()
     size = clamped(limit)
-    anchor = (after_id or "").strip() or None
+    anchor = check_anchor(after_id)
     collection = None
     if anchor is not None:
         collection = collection_named(after_collection)
         if collection is None:
             collection = await _inferred(reader, anchor, filters, now_ms)
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in COLLECTIONS}
+    pages = {name: Found([]) for name in COLLECTIONS}
     if anchor is None or collection is not None:
-        pages = await asyncio.gather(
+        found = await asyncio.gather(
             *[
                 reader.page(
                     name,
                     filters,
                     limit=size,
                     after_id=anchor if name == collection else None,
+                    after_scan=after_scan,
                     now_ms=now_ms,
                 )
                 for name in COLLECTIONS
             ]
         )
-        rows = dict(zip(COLLECTIONS, pages, strict=True))
+        pages = dict(zip(COLLECTIONS, found, strict=True))
     before = filters.before_created_at_ms
     return {
-        **rows,
-        "counts": {name: len(rows[name]) for name in COLLECTIONS},
+        **{name: page.rows for name, page in pages.items()},
+        "counts": {name: len(page.rows) for name, page in pages.items()},
         "limit": size,
         "pagination": {
             "after_id": after_id,
             "after_collection": collection,
             "before_created_at_ms": before,
-            "next": {name: _next(name, rows[name], size, before) for name in COLLECTIONS},
+            "next": {name: _next(name, page, size, before) for name, page in pages.items()},
         },
     }
 
@@ -93,16 +107,17 @@ async def _inferred(
     return found[0] if len(found) == 1 else None
 
 
-def _next(
-    collection: str, rows: list[dict[str, Any]], size: int, before: int | None
-) -> dict[str, Any] | None:
-    """The cursor behind a full page; None behind a short one."""
-    if len(rows) < size:
+def _next(collection: str, page: Found, size: int, before: int | None) -> dict[str, Any] | None:
+    """The cursor behind a full page, or where the search stopped; None at the end."""
+    if len(page.rows) < size and page.stopped_at is None:
         return None
+    is_full = len(page.rows) >= size
     cursor: dict[str, Any] = {
-        "after_id": id_of(collection, rows[-1]),
+        "after_id": id_of(collection, page.rows[-1]) if is_full else page.stopped_at,
         "after_collection": collection,
     }
     if before is not None:
         cursor["before_created_at_ms"] = before
+    if not is_full:
+        cursor["after_scan"] = True
     return cursor

@@ -12,16 +12,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from leasekit import codec
+from leasekit.errors import LeasekitError
 from leasekit.ledger.records import Run
 from leasekit.views.observability import ATTENTION
 from leasekit.views.runs import run_fields
 
-__all__ = ["Choice", "choice_of", "resume_plan"]
+__all__ = ["Choice", "Missing", "resume_plan"]
 
 _RETRY = frozenset({"retry_failed_effect", "retry_dead_letter"})
 _COMPENSATE = frozenset({"compensate_pending_effects", "compensate"})
 _REQUEST = frozenset({"resume_from_checkpoint", "reconcile_external_effect"})
 _DISMISS = frozenset({"abandon_with_audit", "ignore_dead_letter"})
+
+
+class Missing(LeasekitError, LookupError):
+    """A record that a choice names is not there, for this tenant: nothing was changed; look at the plan
+    again. field: `dead_letter_id` or `compensation_id`."""
+
+    def __init__(self, field: str, id: str) -> None:
+        noun = field.removesuffix("_id").replace("_", " ")
+        super().__init__(
+            f"there is no {noun} {id}: nothing was changed; look at the resume plan again", id=id
+        )
+        self.field = field
 
 
 class Choice:
@@ -63,11 +76,6 @@ class Choice:
         return "cancelled" if self.name == "abandon_with_audit" else "proposed"
 
 
-def choice_of(text: str | None) -> Choice | None:
-    """The choice that an operator named; None for a blank one."""
-    return Choice(text) if text is not None and codec.normalised(text) else None
-
-
 def _shown(choice: str) -> dict[str, Any]:
     told = Choice(choice)
     return {
@@ -85,9 +93,10 @@ def resume_plan(
 ) -> dict[str, Any]:
     """The whole body of 6.9. rows: what of the run's four collections still waits for somebody."""
     checkpoint = run.checkpoint if isinstance(run.checkpoint, Mapping) else {}
-    completed = list(checkpoint.get("completed_nodes") or [])
-    pending = list(checkpoint.get("pending_nodes") or [])
-    blocked = list(checkpoint.get("blocked_nodes") or [])
+    completed, pending, blocked = (
+        list(nodes) if isinstance(nodes := checkpoint.get(name), (list, tuple)) else []
+        for name in ("completed_nodes", "pending_nodes", "blocked_nodes")
+    )
     effects = rows["tool_effects"]
     done = [effect for effect in effects if effect["status"] == "succeeded"]
     uncertain = [effect for effect in effects if effect["status"] != "succeeded"]

@@ -11,8 +11,7 @@ from typing import Any
 import msgspec
 
 from leasekit import codec
-from leasekit.ledger import waiting
-from leasekit.ledger.events import EventWindow
+from leasekit.errors import InvalidInput
 from leasekit.ledger.records import Run, RunEvent, RunSnapshot, Wait
 from leasekit.views.authority import (
     Catalogue,
@@ -22,10 +21,19 @@ from leasekit.views.authority import (
 )
 from leasekit.views.pages import is_off
 
-__all__ = ["RunFilters", "current_wait", "filters_shown", "run_view", "shows"]
+__all__ = [
+    "RunFilters",
+    "events_page",
+    "filters_shown",
+    "run_fields",
+    "run_view",
+    "shows",
+    "snapshots_page",
+]
 
 EVENT_SOURCE = "stateful_runtime"
 AUTHORITY = "authoritative_runtime_log"
+# What kinds are also called, beside their own words.
 _KINDS = {"automation": "automation_v2", "context": "context_run"}
 
 
@@ -52,6 +60,13 @@ class RunFilters(msgspec.Struct, frozen=True, kw_only=True):
     delegation_grant_id: str | None = None
     source_binding_id: str | None = None
 
+    def check(self) -> None:
+        """InvalidInput, naming the field, for what is no text."""
+        for field in self.__struct_fields__:
+            value = getattr(self, field)
+            if value is not None and not isinstance(value, str):
+                raise InvalidInput(f"{field} must be text, not {type(value).__name__}", field=field)
+
 
 def filters_shown(filters: RunFilters) -> dict[str, Any]:
     """The filters as they were given, absent ones as null."""
@@ -69,13 +84,9 @@ def shows(run: Run, filters: RunFilters, catalogue: Catalogue, now_ms: int) -> b
     scope, tenant = run.scope, run.scope.tenant_context
     owner = scope.owner_principal
     root = None if scope.resource_scope is None else scope.resource_scope.root
-    kind = filters.kind
-    if kind is not None:
-        kind = _KINDS.get(codec.normalised(kind), kind)
     pairs = (
         (filters.status, run.status),
         (filters.phase, run.phase),
-        (kind, run.kind),
         (filters.org_id, tenant.org_id),
         (filters.workspace_id, tenant.workspace_id),
         (filters.deployment_id, tenant.deployment_id),
@@ -91,11 +102,17 @@ def shows(run: Run, filters: RunFilters, catalogue: Catalogue, now_ms: int) -> b
     if not all(_equal(wanted, found) for wanted, found in pairs):
         return False
     return (
-        _was_triggered(run, filters.trigger)
+        _is_of_kind(run, filters.kind)
+        and _was_triggered(run, filters.trigger)
         and _is_of_unit(run, filters.org_unit_id)
         and _has_data(run, filters, catalogue)
         and _has_grant(run, filters.delegation_grant_id, catalogue, now_ms)
     )
+
+
+def _is_of_kind(run: Run, wanted: str | None) -> bool:
+    also = _KINDS.get(codec.normalised(wanted or ""))
+    return _equal(wanted, run.kind) or (also is not None and _equal(also, run.kind))
 
 
 def _was_triggered(run: Run, wanted: str | None) -> bool:
@@ -133,12 +150,6 @@ def _has_grant(run: Run, wanted: str | None, catalogue: Catalogue, now_ms: int) 
     )
 
 
-def current_wait(waits: Sequence[Wait]) -> Wait | None:
-    """The first wait that is not over, in due order; else the last one; None where there is none."""
-    waiting_still = [wait for wait in waits if wait.status not in waiting.TERMINAL]
-    return waiting_still[0] if waiting_still else (waits[-1] if waits else None)
-
-
 def run_fields(run: Run, snapshots: Sequence[RunSnapshot]) -> dict[str, Any]:
     """A run as JSON, with its newest snapshot; what only its executor needs is left out."""
     if run.latest_snapshot_id is None and snapshots:
@@ -152,17 +163,19 @@ def run_fields(run: Run, snapshots: Sequence[RunSnapshot]) -> dict[str, Any]:
 def run_view(
     run: Run,
     *,
-    waits: Sequence[Wait],
-    events: EventWindow,
+    wait: Wait | None,
+    events: Sequence[RunEvent],
     earliest: RunEvent | None,
     snapshots: Sequence[RunSnapshot],
     catalogue: Catalogue,
     now_ms: int,
     is_detail: bool,
 ) -> dict[str, Any]:
-    """A run as a list shows it, or with its events and snapshots (spec 6.4)."""
-    wait = current_wait(waits)
-    latest = events.events[-1] if events.events else None
+    """A run as a list shows it, or with its events and snapshots (spec 6.4).
+
+    wait: its current one. events, snapshots: the last ones, in ascending order.
+    """
+    latest = events[-1] if events else None
     newest = snapshots[-1] if snapshots else None
     view: dict[str, Any] = {
         "run": run_fields(run, snapshots),
@@ -202,17 +215,16 @@ def run_view(
         "detail_level": "detail" if is_detail else "list",
     }
     if is_detail:
-        view["events"] = msgspec.to_builtins(events.events)
+        view["events"] = msgspec.to_builtins(list(events))
         view["snapshots"] = msgspec.to_builtins(list(snapshots))
     return view
 
 
-def events_page(run_id: str, window: EventWindow, size: int) -> dict[str, Any]:
+def events_page(run_id: str, events: Sequence[RunEvent], size: int) -> dict[str, Any]:
     """A window of a run's log (spec 6.6)."""
-    events = window.events
     return {
         "run_id": run_id,
-        "events": msgspec.to_builtins(events),
+        "events": msgspec.to_builtins(list(events)),
         "count": len(events),
         "last_seq": events[-1].seq if events else None,
         "limit": size,
