@@ -14,6 +14,7 @@ local docs, index, guards = KEYS[1], KEYS[2], KEYS[3]
 local now_ms = ARGV[1]
 
 local FIXED, WIDTH = 1, 5
+local PLACE = "^[^|]+|" .. string.rep("%d", 16) .. "|(.+)$"
 local now = clock(now_ms)
 local count = (#ARGV - FIXED) / WIDTH
 if not now then
@@ -26,7 +27,8 @@ local names = {}
 for i = 1, count do
   local base = FIXED + (i - 1) * WIDTH
   names[i] = ARGV[base + 1]
-  if not string.find(names[i], "^[a-z_]+/[a-z0-9_~.-]+$") then
+  local tail = string.match(names[i], "^[a-z_]+/([a-z0-9_~.-]+)$")
+  if not tail then
     return refuse("name")
   end
   if not is_token(ARGV[base + 2]) then
@@ -37,6 +39,11 @@ for i = 1, count do
   end
   if string.find(ARGV[base + 4], "\n", 1, true) then
     return refuse("places")
+  end
+  for place in string.gmatch(ARGV[base + 4], "%S+") do
+    if string.match(place, PLACE) ~= tail then
+      return refuse("places")
+    end
   end
 end
 local stored = values_of(docs, names)

@@ -56,6 +56,10 @@ DEFAULTS: dict[str, str | int] = {
     "asks_max": 2,
     "first_ms": 10,
     "most_ms": 15,
+    "upto": "",
+    "source": "",
+    "active": 0,
+    "created_before": "",
 }
 
 Field = str | int
@@ -100,6 +104,43 @@ def intent_line(
     return " ".join(map(str, words))
 
 
+def stands(listed: str, order: int, tail: str) -> str:
+    """A place of a record of the ledger."""
+    return f"{listed}|{order:016}|{tail}"
+
+
+def filed(
+    *, created_at: int = 1, status: str = "open", source: str = "~", active: int = 1, run: str = "~"
+) -> str:  # fmt: skip
+    """The words that pages filter a record by."""
+    return f"{created_at} {status} {source} {active} {run}"
+
+
+def record(name: str, token: str = A, *, order: int = 1, doc: str = "{}", **words: Any) -> Item:
+    """An item of ledger/put: it stands in the list of its collection, and in that of its run."""
+    collection, tail = name.split("/")
+    places = [stands(collection, order, tail)]
+    if "run" in words:
+        places.append(stands(f"{collection}:{words['run']}", order, tail))
+    return (name, token, filed(**words), " ".join(places), doc)
+
+
+def change(name: str, revision: Field = 0, **words: Any) -> Item:
+    """An item of ledger/commit that writes a record."""
+    _, _, told, places, doc = record(name, **words)
+    return ("put", name, revision, told, places, doc)
+
+
+def intent_change(
+    id: str, revision: Field = 0, *, status: str = "sent", attempts: int = 1, created_at: int = 5,
+    changed_at: int = 6, claimed_at: int = 0, run: str = "~", key: str = "~", owner: str = "",
+    doc: str = "{}",
+) -> Item:  # fmt: skip
+    """An item of ledger/commit that writes an intent."""
+    words = f"{status} {attempts} {created_at} {changed_at} {claimed_at} {run} {key} {owner}"
+    return ("intent", id, revision, words, "", doc)
+
+
 class Tenant:
     """One tenant on one server: its commands, its keys, its whole state."""
 
@@ -123,8 +164,8 @@ class Tenant:
     ) -> list[Any]:
         """The reply, bytes as text.
 
-        `route` also says which line is meant; `members` is the list that outbox/list or gate/list
-        reads: else the line of the route, and the intents by their last change.
+        `route` also says which line is meant, and of which run a log is; `members` is the list that
+        outbox/list or gate/list reads: else the line of the route, and the intents by their last change.
         """
         script = read_scripts()[name]
         if "route" in script.arguments:
@@ -173,10 +214,7 @@ class Tenant:
             return self.keys.named(concept, word, route)
         if word == "members":
             word = members or ("updated" if concept == "gate" else "due")
-        if (concept, word) == ("outbox", "due"):
-            return self.keys.outbox_due(route)
-        key: str = getattr(self.keys, f"{concept}_{word}")
-        return key
+        return self.keys.named(concept, word, route)
 
     # Shorthand for what most tests begin with.
 
@@ -213,6 +251,11 @@ class Tenant:
         """The state line of an intent; "" while it is missing."""
         line = self.raw.hget(self.keys.gate_state, id)
         return (line or b"").decode("utf-8", "surrogateescape")
+
+    def record(self, name: str) -> list[str]:
+        """Head, places and JSON of a record of the ledger; [""] while it is missing."""
+        doc = self.raw.hget(self.keys.ledger_docs, name)
+        return (doc or b"").decode("utf-8", "surrogateescape").split("\n", 2)
 
     def facts(self, id: str) -> list[str]:
         """What was said of an intent, the oldest first."""
@@ -338,11 +381,11 @@ def _check_pairs(state: State) -> None:
 # Where an intent stands by its status and cause, and by which of its times; a claimed one that parks
 # stands in gate:expiring by the end of its lease.
 CAUSES = {
-    "pending": set(),
+    "pending": {"ledger"},
     "claimed": {"granted", "left"},
     "unknown": {"left", "parked", "asked", "undecidable"},
-    "sent": {"succeeded", "applied", "resolved"},
-    "failed": {"failed", "resolved"},
+    "sent": {"succeeded", "applied", "resolved", "ledger"},
+    "failed": {"failed", "resolved", "ledger"},
     "cancelled": {"blocked", "absent", "resolved"},
     "dead_lettered": {"undecidable"},
 }
@@ -366,7 +409,9 @@ def _check_intents(state: State) -> None:
         assert len(token) == 22
         assert on_expiry in ("reclaim", "park")
         assert all(digest == "~" or len(digest) == 22 for digest in digests)
-        assert 1 <= int(attempts) <= int(revision)
+        # Attempts that the ledger was told of are those of others.
+        is_told = cause == "ledger" or "ledger:docs" in state
+        assert 1 <= int(attempts) <= int(revision) or is_told
         assert (int(asks) == 0) == (ask_token == "~") == (ask_fence == "0") == (ask_end == "0")
         place, at = INTENT_LISTS.get(status), int(updated_at)
         if status == "claimed" and on_expiry == "park":
@@ -389,7 +434,8 @@ def _check_intents(state: State) -> None:
             assert fence.isdigit()
             assert applied in ("0", "1")
     name, *openings = state.get("gate:dataset", "").split("\n")
-    assert len(name) == 22 or not lines
+    granted = [line for line in lines.values() if line.split(" ")[8] != "0"]
+    assert len(name) == 22 or not granted
     assert len({opening.split(" ")[0] for opening in openings}) == len(openings) <= 16
 
 
@@ -405,6 +451,29 @@ def _check_logs(state: State) -> None:
         assert kept == log
         assert len(set(log.values())) == len(log)
         assert int(last) == max(int(line.split("\n")[0]) for line in lines)
+
+
+def _check_records(state: State) -> None:
+    """Every record of the ledger stands in its own places, and every place is one of a record."""
+    places: dict[str, int] = {}
+    for name, doc in state.get("ledger:docs", {}).items():
+        head, stands_in, _ = doc.split("\n", 2)
+        revision, token, created_at, _, _, active, run = head.split(" ")
+        assert int(revision) >= 1
+        assert len(token) == 22
+        assert created_at.isdigit()
+        assert active in ("0", "1")
+        assert int(state["ledger:guards"][run]) >= 1, name
+        for one in stands_in.split():
+            _, order, tail = one.split("|")
+            assert len(order) == 16
+            assert name.split("/")[1] == tail
+            places[one] = 0
+    assert state.get("ledger:index", {}) == places
+    for key, log in state.items():
+        if key.startswith("ledger:log:"):
+            events = state[key.replace(":log:", ":events:")]
+            assert log == {id: int(events[id].split(" ")[0]) for id in log}, key
 
 
 # --- transcripts ----------------------------------------------------------------------------------
