@@ -16,7 +16,7 @@ import msgspec
 
 from leasekit import codec
 from leasekit.errors import CorruptState
-from leasekit.ledger.filing import AUDIT, DECISIONS
+from leasekit.ledger.filing import AUDIT, DECISIONS, check_scope
 from leasekit.ledger.records import AuditEvent, PolicyDecision
 from leasekit.ledger.store import Listed, Store, Transaction, name_of
 from leasekit.model import Page
@@ -29,10 +29,11 @@ DECISIONS_MAX = 500
 
 
 class _Head(msgspec.Struct, frozen=True):
-    """Where a chain ends."""
+    """Where a chain ends: place, id and hash of its last event; 0 and blank for none."""
 
-    seq: int
-    record_hash: str
+    seq: int = 0
+    event_id: str = ""
+    record_hash: str = ""
 
 
 def record_hash(event: AuditEvent) -> str:
@@ -75,7 +76,13 @@ class Audit:
             if (known := await transaction.get(name)) is not None:
                 return AUDIT.decode(known)
             doc = await transaction.get(HEAD)
-            head = _Head(0, "") if doc is None else msgspec.json.decode(doc, type=_Head)
+            head = _head(doc)
+            if head.seq and not _is_end(await transaction.get(AUDIT.name_of(head.event_id)), head):
+                raise self._broken(
+                    f"does not end with the event {head.event_id} (place {head.seq}) as it was added: "
+                    "nothing was added",
+                    head.event_id,
+                )
             event = AuditEvent(
                 event_id=identity,
                 durability=durability,
@@ -90,7 +97,7 @@ class Audit:
             )
             event = msgspec.structs.replace(event, record_hash=record_hash(event))
             transaction.put(name, AUDIT.listed(event), AUDIT.encode(event))
-            end = msgspec.json.encode(_Head(event.seq, event.record_hash))
+            end = msgspec.json.encode(_Head(event.seq, event.event_id, event.record_hash))
             transaction.put(HEAD, Listed((), event.created_at_ms, "head", "~"), end)
             return event
 
@@ -120,7 +127,9 @@ class Audit:
 
     async def verify(self, *, now_ms: int | None = None) -> int:
         """Walk the whole chain; gives the number of events. Raises CorruptState naming the first that
-        does not fit: it, or one before it, was changed, added or taken out."""
+        does not fit: it, or one before it, was changed, added or taken out. Others may add meanwhile.
+        """
+        head = await self._head(now_ms)
         count = 0
         last: AuditEvent | None = None
         cursor: str | None = None
@@ -132,16 +141,53 @@ class Audit:
                     and event.prev_hash == (None if last is None else last.record_hash)
                     and event.record_hash == record_hash(event)
                 )
-                if not fits:
-                    raise CorruptState(
-                        f"the audit chain does not fit at event {event.event_id} (place {event.seq}): "
-                        "it, or one before it, was changed, added or taken out; compare with a snapshot",
-                        tenant=self._store.scope.tag,
-                        id=event.event_id,
+                if not fits or (event.seq == head.seq and not _is_last(event, head)):
+                    raise self._broken(
+                        f"does not fit at event {event.event_id} (place {event.seq}): it, or one before "
+                        "it, was changed, added or taken out",
+                        event.event_id,
                     )
                 last, count = event, count + 1
             if (cursor := page.next_cursor) is None:
-                return count
+                break
+        if count < head.seq:
+            raise self._broken(
+                f"ends at place {count}, before its last event {head.event_id} (place {head.seq}), "
+                "which was taken out",
+                head.event_id,
+            )
+        if last is not None and count > (await self._head(now_ms)).seq:
+            raise self._broken(
+                f"goes on to event {last.event_id} (place {count}), which was added behind its end",
+                last.event_id,
+            )
+        return count
+
+    async def _head(self, now_ms: int | None) -> _Head:
+        [found] = await self._store.get([HEAD], now_ms=now_ms)
+        return _head(None if found is None else found.doc)
+
+    def _broken(self, what: str, event_id: str) -> CorruptState:
+        return CorruptState(
+            f"the audit chain {what}; run `verify` and compare with a snapshot",
+            tenant=self._store.scope.tag,
+            id=event_id,
+        )
+
+
+def _head(doc: bytes | None) -> _Head:
+    return _Head() if doc is None else msgspec.json.decode(doc, type=_Head)
+
+
+def _is_end(doc: bytes | None, head: _Head) -> bool:
+    """Whether the last event is there, as it was when it became the last."""
+    event = None if doc is None else AUDIT.decode(doc)
+    return event is not None and _is_last(event, head) and record_hash(event) == head.record_hash
+
+
+def _is_last(event: AuditEvent, head: _Head) -> bool:
+    ours = (event.seq, event.event_id, event.record_hash)
+    return ours == (head.seq, head.event_id, head.record_hash)
 
 
 class Decisions:
@@ -157,6 +203,8 @@ class Decisions:
     ) -> PolicyDecision:
         """Write a decision; one with the same id is replaced."""
         codec.check_text(decision.decision_id, "decision_id")
+        codec.check_whole(decision.created_at_ms, "created_at_ms", 0, codec.INSTANT_MS_MAX)
+        check_scope(self._store.scope, decision)
 
         async def write(transaction: Transaction) -> PolicyDecision:
             name = DECISIONS.name_for(decision)

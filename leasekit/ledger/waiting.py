@@ -8,11 +8,12 @@ Source: spec/reliability 5.1-5.5, 5.8.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import msgspec
 
+from leasekit import codec
 from leasekit.errors import InvalidInput
 from leasekit.ledger.records import TimeoutPolicy, Wait
 from leasekit.ledger.redaction import merged
@@ -22,7 +23,9 @@ __all__ = [
     "WebhookEvent",
     "begin_completion",
     "cancel_by_guard",
+    "check",
     "claim",
+    "ended_before",
     "finish_completion",
     "finish_reminder",
     "is_claim_active",
@@ -30,15 +33,53 @@ __all__ = [
     "is_due",
     "mark_timed_out",
     "mark_woken",
+    "match_metadata",
     "matches",
     "release",
     "replaced",
 ]
 
+KINDS = ("timer", "webhook", "approval", "external_condition", "retry_backoff")
+OPEN = ("waiting", "claimed")
+ON_TIMEOUT = ("cancel", "escalate", "remind", "resume")
 TERMINAL = frozenset({"woken", "timed_out", "escalated", "cancelled"})
 TIMED_OUT = frozenset({"timed_out", "escalated", "cancelled"})
 MATCH_KEY = "webhook_match"
 _NO_CLAIM: dict[str, Any] = {"claimed_by": None, "claimed_at_ms": None, "claim_expires_at_ms": None}
+
+
+def check(wait: Wait) -> None:
+    """InvalidInput for a wait that no step would know how to go on with."""
+    if not isinstance(wait, Wait):
+        raise InvalidInput(f"wait must be a Wait, not {type(wait).__name__}", field="wait")
+    codec.check_text(wait.wait_id, "wait_id")
+    codec.check_text(wait.run_id, "run_id")
+    _check_word(wait.wait_kind, "wait_kind", KINDS)
+    _check_word(wait.status, "status", (*OPEN, *sorted(TERMINAL)))
+    policy = wait.timeout_policy
+    if policy is not None:
+        _check_word(policy.on_timeout, "on_timeout", ON_TIMEOUT)
+    instants = {
+        "created_at_ms": wait.created_at_ms,
+        "updated_at_ms": wait.updated_at_ms,
+        "wake_at_ms": wait.wake_at_ms,
+        "timeout_at_ms": policy.timeout_at_ms if policy else None,
+        "remind_every_ms": policy.remind_every_ms if policy else None,
+        "claimed_at_ms": wait.claimed_at_ms,
+        "claim_expires_at_ms": wait.claim_expires_at_ms,
+        "completed_at_ms": wait.completed_at_ms,
+    }
+    for field, at_ms in instants.items():
+        if at_ms is not None:
+            codec.check_whole(at_ms, field, 0, codec.INSTANT_MS_MAX)
+
+
+def _check_word(given: str, field: str, words: Collection[str]) -> None:
+    if given not in words:
+        raise InvalidInput(
+            f"{field} must be one of {', '.join(words)}, not {given}: nothing was changed",
+            field=field,
+        )
 
 
 def is_claim_active(wait: Wait, at_ms: int) -> bool:
@@ -121,12 +162,8 @@ def begin_completion(
     stored: Wait, presented: Wait, key: str, now_ms: int, *, timeout_status: str | None = None
 ) -> Wait | None:
     """The claimant is about to complete it under a key; an ended one is given back for its own key."""
-    if timeout_status is not None and timeout_status not in TIMED_OUT:
-        raise InvalidInput(
-            f"a wait that times out becomes one of {', '.join(sorted(TIMED_OUT))}, not "
-            f"{timeout_status}: nothing was changed",
-            field="timeout_status",
-        )
+    if timeout_status is not None:
+        _check_word(timeout_status, "timeout_status", sorted(TIMED_OUT))
     if stored.status in TERMINAL:
         return stored if stored.wake_idempotency_key == key else None
     if not holds(stored, presented) or not is_claim_active(stored, now_ms):
@@ -144,7 +181,7 @@ def finish_completion(
     stored: Wait, presented: Wait, key: str, seq: int, status: str, now_ms: int
 ) -> Wait | None:
     """Completed under the key that was begun with; the claim may have ended, as long as it is the last."""
-    _check_terminal(status, TERMINAL)
+    _check_word(status, "status", sorted(TERMINAL))
     if stored.status == status:
         same = stored.wake_idempotency_key == key and stored.event_seq == seq
         return stored if same else None
@@ -199,7 +236,7 @@ def mark_woken(stored: Wait, key: str, seq: int, now_ms: int) -> Wait | None:
 
 def mark_timed_out(stored: Wait, key: str, seq: int, status: str, now_ms: int) -> Wait | None:
     """Given up from outside, without a claim; again for the same key."""
-    _check_terminal(status, TIMED_OUT)
+    _check_word(status, "status", sorted(TIMED_OUT))
     return _mark(stored, status, key, seq, now_ms)
 
 
@@ -236,12 +273,10 @@ def cancel_by_guard(stored: Wait, presented: Wait, reason: str, now_ms: int) -> 
     )
 
 
-def _check_terminal(status: str, allowed: frozenset[str]) -> None:
-    if status not in allowed:
-        raise InvalidInput(
-            f"status must be one of {', '.join(sorted(allowed))}, not {status}: nothing was changed",
-            field="status",
-        )
+def ended_before(wait: Wait, cutoff_ms: int) -> bool:
+    """Whether it was over before an instant."""
+    ended_at = wait.updated_at_ms if wait.completed_at_ms is None else wait.completed_at_ms
+    return wait.status in TERMINAL and ended_at < cutoff_ms
 
 
 # --- webhooks (5.8) -------------------------------------------------------------------------------
