@@ -32,6 +32,7 @@ MARKER_EVENTS_MAX = 10_000
 # Places above it could be counted on no further (lua/ledger/append.lua).
 SEQ_MAX = 10**15
 PRUNE_ROWS = 100
+VARIANT = ("now_ms", "run", "marker", "place", "token", "event")
 
 _APPEND = script("ledger/append", item=("event_id", "seq", "event"))
 _EVENTS = script("ledger/events")
@@ -161,10 +162,10 @@ class Events:
             return 0
         old = [*_foldable(window, len(gone)), *gone]
         marker = _marker(old, scope.context, now)
-        # A call of its own: nobody else's events are counted with these.
+        # Its name makes it a call of its own, and lets it be repeated.
         variant = (
             *(scope.now_argument(now_ms), encode_word(run_id), marker.event_id, marker.seq),
-            *(msgspec.json.encode(marker), codec.new_token()),
+            *(codec.new_token(), msgspec.json.encode(marker)),
         )
         is_compacted: bool = await scope.coalescer.submit(
             _COMPACT,
@@ -195,8 +196,8 @@ class Events:
             after_seq = window.events[-1].seq
 
     def _bind(self, one: Script, variant: Variant, repeat: bool) -> Sequence[Argument]:
-        """Keys and arguments of a call; a variant is now_ms, the run, and a marker with its place."""
-        given = dict(zip(("now_ms", "run", "marker", "place", "event"), variant, strict=False))
+        """Keys and arguments of a call."""
+        given = dict(zip(VARIANT, variant, strict=False))
         run = given.pop("run")
         scope = self._store.scope
         return scope.bind(one, given, **_keys(scope, run))

@@ -447,10 +447,10 @@ def _check_logs(state: State) -> None:
             continue
         log = state.get(key.replace(":events:", ":log:"), {})
         last, *lines = events[""], *(line for id, line in events.items() if id)
-        kept = {id: int(line.split("\n")[0]) for id, line in events.items() if "\n" in line}
+        kept = {id: int(line.split()[0]) for id, line in events.items() if "\n" in line}
         assert kept == log
         assert len(set(log.values())) == len(log)
-        assert int(last) == max(int(line.split("\n")[0]) for line in lines)
+        assert int(last) == max(int(line.split()[0]) for line in lines)
 
 
 def _check_records(state: State) -> None:
@@ -473,7 +473,7 @@ def _check_records(state: State) -> None:
     for key, log in state.items():
         if key.startswith("ledger:log:"):
             events = state[key.replace(":log:", ":events:")]
-            assert log == {id: int(events[id].split(" ")[0]) for id in log}, key
+            assert log == {id: int(events[id].split("\n")[0]) for id in log}, key
 
 
 # --- transcripts ----------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from lua.commands import Tenant
+from lua.commands import A, Tenant
 
 RUN = "r"
 LAST = 10**15
@@ -52,7 +52,9 @@ def test_append_of_one_id_twice_in_a_call(tenant: Tenant) -> None:
 def test_append_of_a_compacted_id(tenant: Tenant) -> None:
     """An id stays known by its place when its event has gone."""
     append(tenant, ("a", "", "{1}"), ("b", "", "{2}"))
-    tenant.run("ledger/compact", ("a",), now_ms=11, route=RUN, marker="m", place=1, event="{}")
+    tenant.run(
+        "ledger/compact", ("a",), now_ms=11, route=RUN, marker="m", place=1, token=A, event="{}"
+    )
 
     assert append(tenant, ("a", "", "{1}"), now_ms=12) == [12, ["known", "1"]]
     assert append(tenant, ("c", "", "{3}"), now_ms=12) == [12, ["appended", "3"]]
@@ -62,7 +64,9 @@ def test_append_goes_on_after_everything_was_compacted(tenant: Tenant) -> None:
     """The last place outlives the events."""
     append(tenant, ("a", "", "{1}"), ("b", "", "{2}"))
     items = (("a",), ("b",))
-    tenant.run("ledger/compact", *items, now_ms=11, route=RUN, marker="m", place=2, event="{}")
+    tenant.run(
+        "ledger/compact", *items, now_ms=11, route=RUN, marker="m", place=2, token=A, event="{}"
+    )
 
     assert append(tenant, ("c", "", "{3}")) == [10, ["appended", "3"]]
 

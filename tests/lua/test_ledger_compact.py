@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from lua.commands import Tenant
+from lua.commands import A, B, Tenant
 
 RUN = "r"
 
@@ -19,10 +19,16 @@ def log(tenant: Tenant) -> Tenant:
 
 
 def compact(
-    tenant: Tenant, ids: str, *, marker: str = "m", place: str | int = 2, event: str = "{m}"
+    tenant: Tenant,
+    ids: str,
+    *,
+    marker: str = "m",
+    place: int = 2,
+    token: str = A,
+    event: str = "{m}",
 ) -> list[Any]:
     items = [(id,) for id in ids]
-    given = {"marker": marker, "place": place, "event": event}
+    given = {"marker": marker, "place": place, "token": token, "event": event}
     return tenant.run("ledger/compact", *items, now_ms=11, route=RUN, **given)
 
 
@@ -33,7 +39,7 @@ def test_compact_replaces_events_by_a_marker(log: Tenant) -> None:
     assert compact(log, "ab") == [11, "compacted"]
     assert log.changes(before) == {
         "ledger:log:r": {"a": None, "b": None, "m": 2},
-        "ledger:events:r": {"a": "1", "b": "2", "m": "2\n{m}"},
+        "ledger:events:r": {"a": "1", "b": "2", "m": f"2 {A}\n{{m}}"},
     }
 
 
@@ -46,7 +52,7 @@ def test_compact_folds_an_older_marker(log: Tenant) -> None:
     assert state["ledger:log:r"] == {"n": 3, "d": 4}
     assert state["ledger:events:r"] == {
         **{"a": "1", "b": "2", "c": "3", "m": "2"},
-        **{"n": "3\n{n}", "d": "4\n{d}", "": "4"},
+        **{"n": f"3 {A}\n{{n}}", "d": "4\n{d}", "": "4"},
     }
 
 
@@ -56,10 +62,10 @@ def test_compact_renews_a_marker_at_its_place(tenant: Tenant) -> None:
     tenant.run("ledger/append", *items, now_ms=10, route=RUN)
     compact(tenant, "ac", place=3)
 
-    assert compact(tenant, "bm", place=3, event="{new}") == [11, "compacted"]
+    assert compact(tenant, "bm", place=3, token=B, event="{new}") == [11, "compacted"]
     state = tenant.dump()
     assert state["ledger:log:r"] == {"m": 3, "d": 4}
-    assert state["ledger:events:r"]["m"] == "3\n{new}"
+    assert state["ledger:events:r"]["m"] == f"3 {B}\n{{new}}"
 
 
 def test_compact_again_changes_nothing(log: Tenant) -> None:
@@ -96,22 +102,22 @@ def test_compact_late_after_its_marker_was_folded(log: Tenant) -> None:
     assert log.dump() == before
 
 
-def test_compact_with_another_text_is_another_compaction(log: Tenant) -> None:
-    """The same id of a marker with other content is no repeat."""
+def test_compact_under_another_name_is_another_compaction(log: Tenant) -> None:
+    """Two that decided on the same events in the same millisecond: the second one is told."""
     compact(log, "ab")
     before = log.dump()
 
-    assert compact(log, "ab", event="{other}") == [11, ["changed", "a"]]
+    assert compact(log, "ab", token=B) == [11, ["changed", "a"]]
     assert log.dump() == before
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("now_ms", "x"), ("marker", ""), ("place", 0), ("place", "x"), ("place", "")],
+    [("now_ms", "x"), ("marker", ""), ("place", 0), ("place", "x"), ("token", "x")],
 )
 def test_compact_refuses(log: Tenant, name: str, value: str | int) -> None:
     """A marker without id or place."""
-    given = {"now_ms": 11, "marker": "m", "place": 1, "event": "{}"} | {name: value}
+    given = {"now_ms": 11, "marker": "m", "place": 1, "token": A, "event": "{}"} | {name: value}
 
     assert log.refusal("ledger/compact", ("a",), route=RUN, **given) == f"LK_ARGUMENT {name}"
 
@@ -119,7 +125,7 @@ def test_compact_refuses(log: Tenant, name: str, value: str | int) -> None:
 @pytest.mark.parametrize("count", [0, 1_001])
 def test_compact_needs_events(log: Tenant, count: int) -> None:
     """1 to 1 000 of them."""
-    given = {"now_ms": 11, "marker": "m", "place": 1, "event": "{}"}
+    given = {"now_ms": 11, "marker": "m", "place": 1, "token": A, "event": "{}"}
     items = [("a",)] * count
 
     assert log.refusal("ledger/compact", *items, route=RUN, **given) == "LK_ARGUMENT items"
@@ -130,7 +136,7 @@ def test_compact_of_1000_events(tenant: Tenant) -> None:
     items = [(f"e{i}", "", "{}") for i in range(1_000)]
     tenant.run("ledger/append", *items, now_ms=10, route=RUN)
 
-    given = {"marker": "m", "place": 1_000, "event": "{m}"}
+    given = {"marker": "m", "place": 1_000, "token": A, "event": "{m}"}
     gone = [(f"e{i}",) for i in range(1_000)]
     reply = tenant.run("ledger/compact", *gone, now_ms=11, route=RUN, **given)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from lua.commands import Tenant
+from lua.commands import A, Tenant
 
 RUN = "r"
 BIG = 1_100_000  # bytes; four of these pass 4 MiB
@@ -69,7 +69,7 @@ def test_events_of_a_run_without_any(log: Tenant) -> None:
 
 def test_events_after_compaction(log: Tenant) -> None:
     """The marker stands at the place of the last event that went; those have no place any more."""
-    arguments = {"marker": "m", "place": 2, "event": "{m}"}
+    arguments = {"marker": "m", "place": 2, "token": A, "event": "{m}"}
     log.run("ledger/compact", ("a",), ("b",), now_ms=11, route=RUN, **arguments)
 
     assert [found[:2] for found in window(log)[3:]] == [
@@ -85,7 +85,17 @@ def test_last_place_outlives_the_events(log: Tenant) -> None:
     """It is the last ever given, whatever the window shows."""
     log.run("ledger/append", ("z", 3_000, "{}"), now_ms=11, route=RUN)
     items = [(id,) for id in "abcde"]
-    log.run("ledger/compact", *items, ("z",), now_ms=11, route=RUN, marker="m", place=5, event="{}")
+    log.run(
+        "ledger/compact",
+        *items,
+        ("z",),
+        now_ms=11,
+        route=RUN,
+        marker="m",
+        place=5,
+        token=A,
+        event="{}",
+    )
 
     assert window(log)[1:3] == [0, "3000"]
 
