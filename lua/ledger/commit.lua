@@ -15,7 +15,7 @@
 --       2 commit token: name of this set of changes
 -- ITEM  kind name revision words places doc: kind = check | guard | put | drop | intent; revision =
 --       that was read, 0 = there was none; words = what pages filter by, or an intent's state
--- REPLY now_ms, per item: committed | conflict name; one answer for all items together
+-- REPLY now_ms, for all items together: committed | conflict name
 -- ERRORS LK_ARGUMENT
 -- FLAGS none
 -- COST  O(m log n) for m items

@@ -473,7 +473,7 @@ def _check_records(state: State) -> None:
     for key, log in state.items():
         if key.startswith("ledger:log:"):
             events = state[key.replace(":log:", ":events:")]
-            assert log == {id: int(events[id].split("\n")[0]) for id in log}, key
+            assert log == {id: int(events[id].split("\n")[0].split(" ")[0]) for id in log}, key
 
 
 # --- transcripts ----------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ SECTIONS: dict[str, str] = dict(SECTION.findall(PROTOCOL))
 
 def reply_words(script: Script) -> list[str]:
     """The words that an item may be answered with, by the command's header."""
-    _, found, answers = script.reply.partition("per item: ")
-    answers = answers.partition(";")[0] if found else ""
+    found = re.search(r"(?:per item|for all items together): (.*)", script.reply)
+    answers = found[1].partition(";")[0] if found else ""
     return [answer.split()[0].rstrip(":") for answer in answers.split(" | ") if answer]
 
 
@@ -117,9 +117,10 @@ def test_keys_are_those_of_the_key_table() -> None:
     own = {getattr(keys, word).removeprefix("lk:{tag}:") for word in Keys.__slots__}
     own -= {"lk:{tag}"}
     line = keys.outbox_due("<lane>:<target>").removeprefix("lk:{tag}:")
+    logs = {f"ledger:{noun}:<run>" for noun in ("log", "events")}
     registry = {key.replace("lk:", "<prefix>:", 1) for key in registry_keys("lk").values()}
 
-    assert {name for name, _ in written} == own | {line} | registry
+    assert {name for name, _ in written} == own | {line} | logs | registry
 
 
 def test_key_types_are_those_of_the_headers() -> None:
@@ -134,4 +135,7 @@ def test_key_types_are_those_of_the_headers() -> None:
         for word, kind in lines:
             name = {"fence": "fence", "members": "outbox:done"}.get(word, f"{concept}:{word}")
             name = f"{name}:<lane>:<target>" if name == "outbox:due" else name
+            name = f"{name}:<run>" if name in ("ledger:log", "ledger:events") else name
+            if concept == "ledger" and name not in types:  # an intent, which the gate keeps
+                name = f"gate:{'docs' if word == 'intents' else word}"
             assert types[name] == kind, (script.name, word)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from lua.commands import A, B, Field, Item, Tenant, intent, row
+from lua.commands import A, B, Field, Item, Tenant, change, intent, record, row
 from redis import ResponseError
 from servers import Server, ServerProcess
 
@@ -109,6 +109,21 @@ def test_gate_calls_the_server_as_often_for_10_intents_as_for_100(
     assert tuple(found.total() for found in ten) == calls, ten
 
 
+def test_ledger_calls_the_server_as_often_for_10_records_as_for_100(real: Tenant) -> None:
+    """The number of calls is that of the structures, whatever lists and runs the records are of."""
+    found = []
+    for token, count in (("x", 1), ("a", 10), ("b", 100)):
+        names = [f"effects/{token}{i}" for i in range(count)]
+        made = [record(name, run="r", order=i) for i, name in enumerate(names)]
+        put = counted(real, "ledger/put", *made, now_ms="")
+        items = [change(name, 1, run="r", order=i + 7) for i, name in enumerate(names)]
+        commit = counted(real, "ledger/commit", *items, now_ms="", commit=token.upper() * 22)
+        found.append((put, commit))
+
+    assert found[1] == found[2]
+    assert [calls.total() for calls in found[2]] == [6, 7], found[2]
+
+
 # --- memory full ----------------------------------------------------------------------------------
 
 
@@ -155,6 +170,8 @@ def test_what_frees_memory_works_when_memory_is_full(
         ("gate/prepare", intent("g9")),
         ("gate/ask", ("g2", B)),
         ("gate/open", (B, "{}")),
+        ("ledger/put", record("effects/e1")),
+        ("ledger/append", ("v1", "", "{}")),
         ("tenant/touch", ("o.w",)),
     ]
     if tenant.server.knows_flags:  # Redis 6.2 lets a script pass whose first write deletes
@@ -168,6 +185,8 @@ def test_what_frees_memory_works_when_memory_is_full(
     for name, item in refused:
         with pytest.raises(ResponseError, match="not allowed when used memory"):
             tenant.run(name, item, now_ms=12)
+    with pytest.raises(ResponseError, match="not allowed when used memory"):
+        tenant.run("ledger/commit", change("effects/e1"), now_ms=12, commit=A)
     assert tenant.dump() == before
     for name, item, answer in works:
         assert tenant.run(name, item, now_ms=12) == [12, answer], name

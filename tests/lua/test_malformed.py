@@ -9,7 +9,21 @@ from __future__ import annotations
 
 import pytest
 import redis
-from lua.commands import DEFAULTS, A, B, C, Field, Item, Tenant, draft, intent, row
+from lua.commands import (
+    DEFAULTS,
+    A,
+    B,
+    C,
+    Field,
+    Item,
+    Tenant,
+    change,
+    draft,
+    intent,
+    intent_change,
+    record,
+    row,
+)
 
 from leasekit.scripts import read_scripts
 
@@ -45,7 +59,11 @@ BOUNDS = {
     "asks_max": (1, 2**53 - 1),
     "first_ms": (0, 3_155_760_000_000),
     "most_ms": (0, 3_155_760_000_000),
+    "upto": (0, 2**53 - 1),
+    "created_before": (0, 2**53 - 1),
+    "place": (1, 2**53 - 1),
 }
+MAY_BE_EMPTY = ("after_score", "claim_count", "upto", "created_before")
 # Where a command keeps to others.
 BOUNDS_OF = {
     ("outbox/purge", "limit"): (1, 250),
@@ -54,7 +72,12 @@ BOUNDS_OF = {
     ("gate/ask", "lease_ms"): (1, 43_200_000),
     ("gate/complete", "keep_ms"): (1, 3_155_760_000_000),
 }
-TEXTS = {"after", "after_id", "after_route", "hint", "prefix", "statuses", "routes"}
+TEXTS = {
+    *("after", "after_id", "after_route", "hint", "prefix", "statuses", "routes", "source"),
+    *("collection", "list", "event"),
+}
+# Texts in most places, and bounds of the sequence in this one.
+NUMBERS = {("ledger/events", "after"), ("ledger/events", "before")}
 
 GOOD: dict[str, list[Item]] = {
     "outbox/enqueue": [row("n1"), row("n2", dedupe="d f")],
@@ -95,12 +118,19 @@ GOOD: dict[str, list[Item]] = {
     "gate/get": [("g0",), ("g1",)],
     "gate/list": [],
     "gate/run": [],
+    "ledger/put": [record("effects/e1", B), record("effects/e9", B)],
+    "ledger/get": [("record", "effects/e1"), ("guard", "~")],
+    "ledger/commit": [intent_change("g9"), change("effects/e1", 1)],
+    "ledger/page": [],
+    "ledger/append": [("v2", "", "{}"), ("v3", 9, "{}")],
+    "ledger/events": [],
+    "ledger/compact": [("v0",), ("v1",)],
     "tenant/barrier": [],
     "tenant/touch": [("o.w",), ("o.x",)],
 }
 WORDS_OF_NOTHING = {
     *("lost_claim", "lost", "missing", "none", "not_pending", "not_dead", "not_unknown"),
-    *("busy", "free", "taken", "kept", "skipped", "wait", "changed"),
+    *("busy", "free", "taken", "kept", "skipped", "wait", "changed", "conflict", "known"),
 }
 
 
@@ -120,37 +150,52 @@ def tenant(tenant: Tenant) -> Tenant:
     tenant.prepare(*(intent(id, lease_ms=1_000) for id in ("g0", "g1")))
     tenant.prepare(*(intent(id, lease_ms=1) for id in ("g2", "g3", "g4", "g7")))
     tenant.run("gate/ask", ("g4", B), ("g7", B), now_ms=16)
+    tenant.run("ledger/put", record("effects/e1"), now_ms=10)
+    tenant.run("ledger/append", ("v0", "", "{}"), ("v1", "", "{}"), now_ms=10)
     return tenant
 
 
 def good_arguments(name: str) -> dict[str, Field]:
     given = {word: DEFAULTS[word] for word in read_scripts()[name].arguments if word in DEFAULTS}
-    more: dict[str, dict[str, Field]] = {"outbox/purge": {"noun": "done"}, "gate/run": {"run": "r"}}
+    more: dict[str, dict[str, Field]] = {
+        "outbox/purge": {"noun": "done"},
+        "gate/run": {"run": "r"},
+        "ledger/commit": {"commit": C},
+        "ledger/page": {"collection": "effects", "list": "effects"},
+        "ledger/compact": {"marker": "m", "place": 2, "token": C, "event": "{}"},
+    }
     return given | {"now_ms": 21} | more.get(name, {})
 
 
 def bad_values(name: str, word: str) -> list[str]:
     """What a fixed argument must not be."""
-    if word in TEXTS:
+    if word in TEXTS and (name, word) not in NUMBERS:
         return []
+    if word == "marker":
+        return [""]
+    if (name, word) in NUMBERS:
+        return [*NOT_NUMBERS, "-0"]
     if word == "route":
         return NOT_ROUTES
-    if word in ("repeated", "unfinished", "newest"):
+    if word in ("repeated", "unfinished", "newest", "active", "tail"):
         return NOT_FLAGS
     if word in ("noun", "mark"):
         return NOT_WORDS
-    if word in ("known", "fresh"):
-        return [value for value in NOT_TOKENS if value or word == "fresh"]
+    if word in ("known", "fresh", "commit", "token"):
+        return [value for value in NOT_TOKENS if value or word != "known"]
     if word == "run":
         return NOT_RUNS
     least, most = BOUNDS_OF.get((name, word), BOUNDS[word])
-    empty = [] if word in ("now_ms", "after_score", "claim_count") else [""]
+    empty = [] if word in (*MAY_BE_EMPTY, "now_ms") else [""]
     below = [str(least - 1)] if least else []
     return [*NOT_NUMBERS, *empty, *below, str(most + 1)]
 
 
 ARGUMENTS = [
-    (name, word) for name in GOOD for word in read_scripts()[name].arguments if word not in TEXTS
+    (name, word)
+    for name in GOOD
+    for word in read_scripts()[name].arguments
+    if word not in TEXTS or (name, word) in NUMBERS
 ]
 
 # Fields of items that a script refuses, by the command's header.
@@ -208,6 +253,45 @@ FIELDS: dict[str, dict[str, list[str]]] = {
         "note": NOT_NOTES,
     },
     "gate/open": {"lost": NOT_TOKENS, "note": ["{}\n", "\n"]},
+    "ledger/put": {
+        "name": ["", "effects", "effects/", "/e1", "effects/e 1", "effects/e1\n", "effects/é"],
+        "token": NOT_TOKENS,
+        "words": [
+            "",
+            "1 open ~ 1",
+            "1 open ~ 2 ~",
+            "-1 open ~ 1 ~",
+            "1 open ~ 1 ~\n",
+            "1 o n ~ 1 ~",
+        ],
+        "places": [
+            "effects|0000000000000001|e9\n",
+            "effects|1|e9",
+            "x",
+            "effects|0000000000000001|e1",
+        ],
+    },
+    "ledger/get": {"kind": ["", "Record", "guard ", "record\0"]},
+    "ledger/commit": {
+        "kind": ["", "Put", "put ", "put\0", "gate"],
+        "name": ["", "effects", "effects/", "/e1", "effects/e 1", "effects/e1\n", "effects/é"],
+        "revision": [*NOT_NUMBERS, "", "~"],
+        "words": [
+            "",
+            "1 open ~ 1",
+            "1 open ~ 2 ~",
+            "-1 open ~ 1 ~",
+            "1 open ~ 1 ~\n",
+            "1 o n ~ 1 ~",
+        ],
+        "places": [
+            "effects|0000000000000001|e1\n",
+            "effects|1|e1",
+            "x",
+            "effects|0000000000000001|e2",
+        ],
+    },
+    "ledger/append": {"event_id": [""], "seq": [*NOT_NUMBERS, "0"]},
 }
 REFUSED_FIELDS = [(name, field) for name, fields in FIELDS.items() for field in fields]
 
@@ -218,7 +302,7 @@ COMPARED = [
     for field in read_scripts()[name].item
     if field in ("id", "token", "name", "record_id")
     and field not in FIELDS.get(name, {})
-    and name not in ("lease/acquire", "idempotency/reserve", "gate/prepare")
+    and name not in ("lease/acquire", "idempotency/reserve", "gate/prepare", "ledger/get")
 ]
 NOT_STORED = ["", " ", "m1 m2", "m1\n", "m1\0", "\0", "\r\n", "é\udcff", "x" * 300]
 
@@ -256,7 +340,8 @@ def test_good_call_is_good(tenant: Tenant, name: str) -> None:
 
     reply = tenant.run(name, *GOOD[name], **good_arguments(name))
 
-    words = {item if isinstance(item, str) else item[0] for item in reply[-len(GOOD[name]) or 99 :]}
+    answers = reply[1:][-len(GOOD[name]) or 99 :]
+    words = {item if isinstance(item, str) else item[0] for item in answers}
     assert not words & WORDS_OF_NOTHING
     leaves_nothing = read_scripts()[name].reads_only or name == "tenant/barrier"
     assert (tenant.dump() == before) == leaves_nothing or name.endswith("/purge")
