@@ -59,7 +59,8 @@ class GuardedTool:
         self._on_expiry = on_expiry
         self._durability = durability
         self._lease_ms = lease_ms
-        self._takes_permit = "permit" in inspect.signature(function).parameters
+        self._signature = inspect.signature(function)
+        self._takes_permit = "permit" in self._signature.parameters
 
     def event(self, source: Source, arguments: dict[str, Any], key: str | None) -> PreSendEvent:
         """What the gate is told of a call."""
@@ -88,7 +89,8 @@ class GuardedTool:
         The function gets the arguments, and the permit where it takes one: by it, it may say `failed`
         or `not_sent`, and then its return value is given to this caller alone. What it returns is the
         result, a JSON value. An exception of it leaves the intent unknown, unless it said otherwise.
-        Raises what `Gate.prepare` raises, and InvalidInput for a tool outside of the allow-list.
+        Raises what `Gate.prepare` raises, and InvalidInput for a tool outside of the allow-list, and
+        for arguments that the function does not take.
         """
         if "permit" in arguments:
             raise InvalidInput("an argument cannot be called permit", field="permit")
@@ -99,6 +101,15 @@ class GuardedTool:
                 "caller may use: nothing was granted and nothing was run",
                 field="scope_allowlist",
             )
+        try:
+            self._signature.bind(**arguments, **({"permit": None} if self._takes_permit else {}))
+        except TypeError as wrong:
+            # Found out now: after begin it would leave unknown what never ran.
+            raise InvalidInput(
+                f"{name} does not take these arguments ({wrong}): nothing was granted and nothing was "
+                "run",
+                field="arguments",
+            ) from None
         event = self.event(source, arguments, key)
         permit: Permit | None = None
         try:

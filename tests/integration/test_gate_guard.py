@@ -269,6 +269,22 @@ async def test_no_argument_can_be_called_permit(gate: Gate, mailer: Mailer) -> N
     assert mailer.effects == []
 
 
+@pytest.mark.parametrize("arguments", [{}, {"to": "a", "cc": "c4nary"}])
+async def test_arguments_that_do_not_fit_are_refused_before_a_grant(
+    gate: Gate, arguments: dict[str, Any]
+) -> None:
+    """Nothing ran: it must not become unknown, and no value is shown."""
+
+    async def tool(to: str, permit: Permit) -> None:
+        pytest.fail("run")
+
+    with pytest.raises(InvalidInput, match="nothing was granted and nothing was run") as raised:
+        await gate.guard(tool, tool=TOOL)(SOURCE, **arguments)
+    assert raised.value.field == "arguments"
+    assert "c4nary" not in str(raised.value)
+    assert (await gate.list()).items == []
+
+
 @pytest.mark.parametrize("result", [None, 0, "", [], {"a": [1, None]}])
 async def test_any_json_value_is_a_result(gate: Gate, result: Any) -> None:
     """Also nothing."""
