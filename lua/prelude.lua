@@ -466,9 +466,9 @@ local function with_fact(lines, now, kind, fence, applied, text)
   if not lines then
     return line
   end
-  local kept, first = 1, 1
-  for _ in string.gmatch(lines, "\n") do
-    kept = kept + 1
+  local kept, first, at = 0, 1, 0
+  while at do
+    kept, at = kept + 1, string.find(lines, "\n", at + 1, true)
   end
   if not applied and (kept >= FACTS_KEPT or string.find(lines .. "\n", tail .. "\n", 1, true)) then
     return lines
