@@ -188,6 +188,15 @@ def test_a_repeated_word_does_not_overrule_what_was_said_since(tenant: Tenant) -
     assert tenant.facts("i1")[3:] == ["17 succeeded 10000 1 2"]
 
 
+def test_a_repeated_word_is_nobody_elses(tenant: Tenant) -> None:
+    """What an event said does not stand for the same word of a sender that was overtaken."""
+    tenant.prepare("i1")
+    complete(tenant, ("i1", "", "failed", NOTE), now_ms=15)
+
+    assert complete(tenant, ("i1", B, "failed", NOTE), now_ms=16, repeated=1)[1][0] == "lost"
+    assert tenant.facts("i1")[1:] == [f"16 failed 0 0 {NOTE}"]
+
+
 def test_a_repeated_word_is_new_after_a_newer_grant(tenant: Tenant) -> None:
     """The same word under another fence is another word."""
     tenant.prepare("i1")
