@@ -553,8 +553,8 @@ def test_complete_forgets_nothing_that_it_is_about(tenant: Tenant, token: str, r
     assert tenant.dump().get("gate:facts", {}).keys() == left
 
 
-def test_a_damaged_intent_is_forgotten_as_well(tenant: Tenant) -> None:
-    """What stands in the list of the finished goes, whatever is left of it."""
+def test_a_damaged_intent_is_not_forgotten(tenant: Tenant) -> None:
+    """Nobody can say that its key is free: it only leaves the list. What has no state line goes."""
     tenant.is_damaged = True
     finish(tenant, 2, run="~")
     tenant.raw.hset(tenant.keys.gate_state, "d00", "x")
@@ -562,4 +562,17 @@ def test_a_damaged_intent_is_forgotten_as_well(tenant: Tenant) -> None:
 
     complete(tenant, ("x", A, "failed", "{}"), now_ms=2_000)
 
-    assert tenant.dump() == {"fence": "10000", "gate:dataset": "f" * 22}
+    state = tenant.dump()
+    assert state["gate:state"] == {"d00": "x"}
+    assert state["gate:docs"].keys() == {"d00"}
+    assert "gate:done" not in state
+
+
+def test_only_what_is_over_is_forgotten(tenant: Tenant) -> None:
+    """An entry among the finished ones that does not belong there leaves the list, and frees no key."""
+    tenant.prepare(intent("live", A), intent("other", B))
+    tenant.raw.zadd(tenant.keys.gate_done, {"live": 10, "nothing": 10})
+    complete(tenant, ("other", B, "succeeded", "{}"), now_ms=5_000, keep_ms=1_000)
+
+    assert tenant.intent("live")
+    assert tenant.raw.zrange(tenant.keys.gate_done, 0, -1) == [b"other"]
