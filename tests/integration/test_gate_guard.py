@@ -148,6 +148,15 @@ async def test_a_call_that_raises_is_unknown(
     assert len(mailer.effects) == 1
 
 
+async def test_a_refusal_from_inside_is_not_taken_for_its_own(gate: Gate, mailer: Mailer) -> None:
+    """A function that is refused something by a gate itself: that is no result of this call."""
+    await gate.guard(mailer.send, tool=TOOL)(SOURCE, to="a")
+    (row,) = (await gate.list()).items
+    mailer.error = Conflict("refused inside", id=row.outbox_id, status="sent")
+    with pytest.raises(Conflict, match="refused inside"):
+        await gate.guard(mailer.send, tool=TOOL)(SOURCE, to="b")
+
+
 async def test_a_call_that_is_cancelled_is_unknown(gate: Gate) -> None:
     """It may have arrived."""
     is_running = asyncio.Event()
