@@ -5,7 +5,7 @@ A real server, a destination with a ledger (destination.py), senders that walk t
 are stopped by SIGSTOP until their leases are long over, and continued. Some of these stand exactly
 between the grant and begin(), between begin() and the effect, or between the destination's `absent`
 and its record, and are not continued before the key has gone another way. The destination is
-troublesome as well. Every sender reconciles all the while. When each key was taken up, all are killed
+troublesome as well. Every sender reconciles all the while. When each key was granted, all are killed
 at once, and what is left is reconciled and finished without them.
 
 Then three books are compared: the destination's ledger, the intents, and what the senders had noted
@@ -210,7 +210,7 @@ class Run:
         for number in range(plan.senders):
             self._start(number)
         await self._hurt(faults)
-        await crew.until(self._is_all_walked, "every key to be taken up")
+        await self._until_all_granted()
         await self._end_senders()
         before = await self._when_leases_are_over()
         line = await Line.reach(self._destination)
@@ -268,6 +268,25 @@ class Run:
             any(is_asked_by(plan, key, number) for number in self._walked)
             for key in range(plan.senders)
         )
+
+    async def _until_all_granted(self) -> None:
+        """Wait until there is an intent of every key: many calls are under way then."""
+        noted, left = self._noted, set(range(self.plan.calls))
+
+        def is_near() -> bool:
+            left.difference_update(noted.grants, noted.told)
+            return len(left) <= self.plan.calls // 100 or self._is_all_walked()
+
+        await self._crew.until(is_near, "every key to be granted")
+        give_up_at = time.monotonic() + SETTLING_S_MAX
+        while left and not self._is_all_walked():
+            if time.monotonic() > give_up_at:
+                self._problem(f"{len(left)} keys are not granted, among them {sorted(left)[:5]}")
+                return
+            # Whoever was granted a key may have died before it could note it.
+            keys = sorted(left.difference(noted.grants, noted.told))
+            found = await asyncio.gather(*[self._intent(key) for key in keys])
+            left = {key for key, intent in zip(keys, found, strict=True) if intent is None}
 
     async def _hurt(self, faults: list[tuple[float, Fault]]) -> None:
         for share, fault in faults:
@@ -333,7 +352,7 @@ class Run:
 
     async def _has_moved(self, held: Held) -> bool:
         """Whether the key that a sender holds has been granted anew, or is done with."""
-        intent = await self._tenant.gate.get(outbox_id(event_of(held.key).dispatch_id))
+        intent = await self._intent(held.key)
         if intent is None:
             return True
         is_final = intent.status not in ("claimed", "unknown", "cancelled")
@@ -371,6 +390,9 @@ class Run:
                 self._stop(member, report)
 
     # --------------------------------------------------------------------------------- the end
+
+    async def _intent(self, key: int) -> Intent | None:
+        return await self._tenant.gate.get(outbox_id(event_of(key).dispatch_id))
 
     async def _intents(self) -> dict[int, Intent]:
         found: dict[int, Intent] = {}
