@@ -33,7 +33,7 @@ from servers import ServerProcess, dump
 import leasekit
 from leasekit.coalesce import REPEATS_MAX
 from leasekit.codec import new_token
-from leasekit.errors import Conflict, LeasekitError, OutcomeUnknown, Unavailable
+from leasekit.errors import Conflict, InProgress, LeasekitError, OutcomeUnknown, Unavailable
 from leasekit.gate import LedgerEvent, PreSendEvent, Question, Source, Verdict
 from leasekit.gate.identity import outbox_id
 from leasekit.gate.intent import note_of
@@ -41,6 +41,10 @@ from leasekit.gate.reconcile import absent, applied, undecidable
 
 ASKS_MAX = 3
 OPENINGS_KEPT = 16
+
+EVENT = PreSendEvent(
+    dispatch_id="d", tool="t", source=Source(kind="test"), external_side_effect=True
+)
 
 RANK = {"claimed": 0, "unknown": 1, "dead_lettered": 1, "cancelled": 2, "failed": 3, "sent": 4}
 STATUS_OF = {
@@ -195,10 +199,14 @@ class _Gated(Case):
     async def forgets(self) -> None:
         """What was sent or cancelled has been kept for long enough."""
         if self.row().get("status") in ("sent", "cancelled"):
-            await asyncio.sleep(0.003)
-            while self.row():
-                nothing = ("none", "", "succeeded", "{}")
-                self.commands.run("gate/complete", nothing, now_ms="", keep_ms=1)
+            await forget(self.commands, self.id)
+
+
+async def forget(commands: Commands, id: str) -> None:
+    """Forget what is over, up to this intent."""
+    await asyncio.sleep(0.003)  # so that it has been so for more than keep_ms
+    while commands.intent(id):
+        commands.run("gate/complete", ("none", "", "succeeded", "{}"), now_ms="", keep_ms=1)
 
 
 def is_over(row: Row) -> bool:
@@ -794,18 +802,56 @@ async def test_a_dispatch_that_may_have_been_granted_is_withdrawn(
 ) -> None:
     """Where nobody can know whether there is a grant, it blocks nobody, though it parks."""
     server = running("valkey-9")
-    event = PreSendEvent(
-        dispatch_id="d", tool="t", source=Source(kind="test"), external_side_effect=True
-    )
     async with proxied(server) as proxy, leasekit.connect(proxy.url) as kit:
         tenant = kit.tenant(tenant_name, "w")
         proxy.arm(Plan(is_call("gate/prepare"), fault, times=REPEATS_MAX + 1))
         with pytest.raises(OutcomeUnknown, match="may or may not have been applied"):
-            async with tenant.gate.dispatch(event):
+            async with tenant.gate.dispatch(EVENT):
                 pytest.fail("it was granted without an answer")
-        receipt = await tenant.gate.prepare(event)
+        receipt = await tenant.gate.prepare(EVENT)
         state = dump(server.raw, "lk", tenant.tag)
 
     assert receipt is not None
     assert receipt.attempts == (1 if fault is Fault.CUT_BEFORE else 2)
     invariants(state)
+
+
+@pytest.mark.parametrize("since", ["forgotten", "another's"])
+async def test_a_copied_prepare_is_a_grant_to_nobody_once_its_token_is_gone(
+    since: str, running: Callable[[str], ServerProcess], tenant_name: str
+) -> None:
+    """Nothing tells the copy from a new sender. It keeps others out until its lease ends, or for as long
+    as nobody decides where it parks: the effect is never made twice by it."""
+    server = running("valkey-9")
+    plan = Plan(is_call("gate/prepare"), Fault.COPY)
+    blocked = LedgerEvent(
+        tool=EVENT.tool,
+        source=EVENT.source,
+        policy_outcome="allowed",
+        status="blocked",
+        dispatch_id=EVENT.dispatch_id,
+    )
+    async with proxied(server) as proxy, leasekit.connect(proxy.url) as kit:
+        gate = kit.tenant(tenant_name, "w").gate
+        proxy.arm(plan)
+        receipt = await gate.prepare(EVENT, on_expiry="park")
+        assert receipt is not None
+        await gate.complete(blocked, receipt=receipt)
+        await proxy.deliver_copy(plan.requests[0])
+        given_back = await gate.get(receipt.outbox_id)
+        if since == "forgotten":
+            await forget(Commands(server, tenant_name), receipt.outbox_id)
+        else:
+            await gate.complete(blocked, receipt=await gate.prepare(EVENT))
+        await proxy.deliver_copy(plan.requests[0])
+        intent = await gate.get(receipt.outbox_id)
+        with pytest.raises(InProgress):
+            await gate.prepare(EVENT)
+
+    assert given_back is not None
+    assert (given_back.status, given_back.attempts) == ("cancelled", 1)
+    assert intent is not None
+    assert (intent.status, intent.on_expiry) == ("claimed", "park")
+    assert intent.attempts == (1 if since == "forgotten" else 3)
+    assert intent.fence is not None
+    assert intent.fence > receipt.fence
