@@ -29,7 +29,7 @@ class GuardedTool:
     """A tool whose calls are granted once: `await tool(source, **arguments)`.
 
     The call's name is made of the tool, where the call comes from (`source`: run, step, request), the
-    tenant and the arguments, or is the caller's `key`. The first call makes the effect; the same call
+    tenant and the arguments, or is the caller's `dispatch_key`. The first call makes the effect; the same call
     again gives its result back; while it runs, or where nobody knows, it is refused.
     """
 
@@ -62,7 +62,9 @@ class GuardedTool:
         self._signature = inspect.signature(function)
         self._takes_permit = "permit" in self._signature.parameters
 
-    def event(self, source: Source, arguments: dict[str, Any], key: str | None) -> PreSendEvent:
+    def event(
+        self, source: Source, arguments: dict[str, Any], dispatch_key: str | None
+    ) -> PreSendEvent:
         """What the gate is told of a call."""
         name, digest = identity.dispatch_id(
             self._tool,
@@ -72,7 +74,7 @@ class GuardedTool:
             canonical_tool=self._canonical_tool,
         )
         return PreSendEvent(
-            dispatch_id=name if key is None else key,
+            dispatch_id=name if dispatch_key is None else dispatch_key,
             tool=self._tool,
             canonical_tool=self._canonical_tool,
             args=arguments,
@@ -83,7 +85,9 @@ class GuardedTool:
             risk_tier=self._risk_tier,
         )
 
-    async def __call__(self, source: Source, /, *, key: str | None = None, **arguments: Any) -> Any:
+    async def __call__(
+        self, source: Source, /, *, dispatch_key: str | None = None, **arguments: Any
+    ) -> Any:
         """Make the call, or give back what it led to before.
 
         The function gets the arguments, and the permit where it takes one: by it, it may say `failed`
@@ -110,7 +114,7 @@ class GuardedTool:
                 "run",
                 field="arguments",
             ) from None
-        event = self.event(source, arguments, key)
+        event = self.event(source, arguments, dispatch_key)
         permit: Permit | None = None
         try:
             async with self._gate.dispatch(

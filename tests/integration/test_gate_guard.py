@@ -101,10 +101,10 @@ async def test_a_call_has_the_name_of_the_spec(gate: Gate, mailer: Mailer) -> No
 async def test_a_callers_key_names_the_call(gate: Gate, mailer: Mailer) -> None:
     """The same key with other arguments is a conflict, never a send."""
     send = gate.guard(mailer.send, tool=TOOL)
-    first = await send(SOURCE, key="order-7", to="a")
-    assert await send(OTHER, key="order-7", to="a") == first
+    first = await send(SOURCE, dispatch_key="order-7", to="a")
+    assert await send(OTHER, dispatch_key="order-7", to="a") == first
     with pytest.raises(Conflict, match="with other arguments under the same key"):
-        await send(SOURCE, key="order-7", to="b")
+        await send(SOURCE, dispatch_key="order-7", to="b")
     assert len(mailer.effects) == 1
     assert (await gate.list()).items[0].idempotency_key == "order-7"
 
