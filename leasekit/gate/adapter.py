@@ -29,8 +29,8 @@ class GuardedTool:
     """A tool whose calls are granted once: `await tool(source, **arguments)`.
 
     The call's name is made of the tool, where the call comes from (`source`: run, step, request), the
-    tenant and the arguments, or is the caller's `dispatch_key`. The first call makes the effect; the same call
-    again gives its result back; while it runs, or where nobody knows, it is refused.
+    tenant and the arguments, or is the caller's `dispatch_key`. The first call makes the effect; the
+    same call again gives its result back; while it runs, or where nobody knows, it is refused.
     """
 
     def __init__(
