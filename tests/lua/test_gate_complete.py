@@ -576,3 +576,16 @@ def test_only_what_is_over_is_forgotten(tenant: Tenant) -> None:
 
     assert tenant.intent("live")
     assert tenant.raw.zrange(tenant.keys.gate_done, 0, -1) == [b"other"]
+
+
+def test_a_repeat_does_not_overrule_what_overruled_it(tenant: Tenant) -> None:
+    """The sender's own word, an event that ended it otherwise, and the sender's repeat: nothing new."""
+    tenant.prepare(intent("i1", A))
+    complete(tenant, ("i1", A, "succeeded", "{}"), now_ms=11)
+    complete(tenant, ("i1", "", "failed", "{}"), now_ms=12)
+    before = tenant.dump()
+
+    again = complete(tenant, ("i1", A, "succeeded", "{}"), now_ms=13, repeated=1)
+
+    assert again == [13, ["kept", "failed"]]
+    assert tenant.dump() == before
