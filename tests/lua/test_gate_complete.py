@@ -589,3 +589,23 @@ def test_a_repeat_does_not_overrule_what_overruled_it(tenant: Tenant) -> None:
 
     assert again == [13, ["kept", "failed"]]
     assert tenant.dump() == before
+
+
+def test_the_facts_of_an_intent_are_bounded_in_bytes(tenant: Tenant) -> None:
+    """The oldest go for what is applied; what is not is not noted any more."""
+    tenant.prepare(intent("i1", A))
+    long = '"' + "x" * 60_000 + '"'
+    complete(tenant, ("i1", "", "failed", '"a"'), now_ms=11)
+    complete(tenant, ("i1", "", "succeeded", long), now_ms=12)
+    complete(tenant, ("i1", "", "failed", long), now_ms=13)
+    assert [fact[:11] for fact in tenant.facts("i1")] == [
+        "11 failed 0",
+        "12 succeede",
+        "13 failed 0",
+    ]
+
+    complete(tenant, ("i1", B, "succeeded", long), now_ms=14)
+    assert len(tenant.facts("i1")) == 3
+
+    complete(tenant, ("i1", "", "succeeded", long), now_ms=15)
+    assert [fact[:2] for fact in tenant.facts("i1")] == ["13", "15"]
