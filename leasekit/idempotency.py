@@ -120,9 +120,11 @@ class Idempotency:
         long the first attempt may take, None = without end; what its end means is `on_expiry`'s.
         expires_at_ms: the instant from which the key is free again, whatever its state; None = as
         `complete` says. token: 22 characters of `new_token()`, where the caller wants to be able to
-        repeat. If the caller is cancelled, a reservation that was granted to it is released.
-        durability: None = the client's; where too few replicas have the reservation it is released,
-        and NotDurable raised.
+        repeat. durability: None = the client's.
+
+        A reservation that its caller does not get, because it was cancelled or too few replicas have it
+        (NotDurable), is released. Under a token that the caller brought it stands: whoever repeats by
+        that token must not lose it to the release.
 
         reserved: go on, then `complete` or `release` with the token. duplicate: the record says what
         is known. conflict: the key is taken by a request with another fingerprint.
@@ -140,6 +142,7 @@ class Idempotency:
             codec.check_whole(expires_at_ms, "expires_at_ms", 1, codec.INSTANT_MS_MAX)
         if on_expiry not in ("reclaim", "park"):
             raise InvalidInput("on_expiry must be 'reclaim' or 'park'", field="on_expiry")
+        is_nobodys = token is None
         token = codec.new_token() if token is None else codec.check_token(token)
         stored = _Stored(wanted[0], wanted[1], owner, event_id)
         now = scope.now_argument(now_ms)
@@ -151,8 +154,10 @@ class Idempotency:
         if durability is not None:
             through = await scope.coalescer_for(durability)
 
-        def undo(result: Reservation) -> None:
+        def give_back(result: Reservation) -> None:
             self._give_back(result, identity, through, now_ms)
+
+        undo = give_back if is_nobodys else None
 
         future = through.submit(
             _RESERVE,
@@ -177,7 +182,8 @@ class Idempotency:
         try:
             reservation: Reservation = await future
         except asyncio.CancelledError:
-            scope.undo_late(future, undo)
+            if undo is not None:
+                scope.undo_late(future, undo)
             raise
         return reservation
 

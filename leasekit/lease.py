@@ -144,13 +144,16 @@ class Leases:
 
         name, owner: <= 200 bytes. ttl_ms: 1..43 200 000 (12 h). token: 22 characters of
         `new_token()`, one per acquisition, where the caller wants to be able to repeat: a token that
-        holds the lease gets the same answer again. If the caller is cancelled, a lease that was
-        granted to it is released. durability: None = the client's; where too few replicas have the
-        lease it is released, and NotDurable raised.
+        holds the lease gets the same answer again. durability: None = the client's.
+
+        A lease that its caller does not get, because it was cancelled or too few replicas have it
+        (NotDurable), is released. Under a token that the caller brought it stands: whoever repeats by
+        that token must not lose it to the release.
         """
         codec.check_text(name, "name")
         codec.check_whole(ttl_ms, "ttl_ms", 1, codec.LEASE_MS_MAX)
         codec.check_text(owner, "owner")
+        is_nobodys = token is None
         token = codec.new_token() if token is None else codec.check_token(token)
         scope = self._scope
         now = scope.now_argument(now_ms)
@@ -161,8 +164,10 @@ class Leases:
         if durability is not None:
             through = await scope.coalescer_for(durability)
 
-        def undo(result: Acquisition) -> None:
+        def give_back(result: Acquisition) -> None:
             self._give_back(result, through, now_ms)
+
+        undo = give_back if is_nobodys else None
 
         future = through.submit(
             _ACQUIRE,
@@ -179,7 +184,8 @@ class Leases:
         try:
             acquisition: Acquisition = await future
         except asyncio.CancelledError:
-            scope.undo_late(future, undo)
+            if undo is not None:
+                scope.undo_late(future, undo)
             raise
         return acquisition
 

@@ -479,6 +479,7 @@ class Outbox:
         lease_ms: int = LEASE_MS_DEFAULT,
         consumer: str,
         claim_id: str | None = None,
+        gives_back: bool | None = None,
         durability: Durability | str | None = None,
         repeat: bool = False,
         now_ms: int | None = None,
@@ -488,12 +489,13 @@ class Outbox:
         limit: 0..1 000. lease_ms: 0..43 200 000 (12 h); 0 = over at once. consumer: who claims, for
         people to read. claim_id: 22 characters of `new_token()`, where the caller wants to be able to
         repeat: the same claim id gets the rows again that it still holds, and no others. durability:
-        None = the client's; the claims carry it. Where too few replicas have the claim, its rows are
-        released, and NotDurable is raised.
+        None = the client's; the claims carry it.
 
         Rows whose attempts are used up and whose lease expired are dead-lettered instead of being
-        handed out; those that park become unknown. If the caller is cancelled, rows that were claimed
-        for it are released. Source: spec/outbox 1.5.2.
+        handed out; those that park become unknown. gives_back: whether rows are released that their
+        caller does not get, because it was cancelled or too few replicas have the claim (NotDurable).
+        None = if it brought no claim id: whoever repeats by one must not lose them to the release.
+        Source: spec/outbox 1.5.2.
         """
         route = _check_route(lane, target)
         _check_consumer(consumer)
@@ -509,8 +511,10 @@ class Outbox:
         if durability is not None:
             through = await scope.coalescer_for(durability)
 
-        def undo(rows: ClaimedRows) -> None:
+        def give_back(rows: ClaimedRows) -> None:
             self._give_back(rows, now_ms)
+
+        undo = give_back if (claim_id is None if gives_back is None else gives_back) else None
 
         future = through.submit(
             _CLAIM,
@@ -529,7 +533,8 @@ class Outbox:
         try:
             claimed: ClaimedRows = await future
         except asyncio.CancelledError:
-            scope.undo_late(future, undo)
+            if undo is not None:
+                scope.undo_late(future, undo)
             raise
         if claimed:
             scope.stay_registered()  # Not for a look that finds nothing: idle tenants stay idle.

@@ -20,6 +20,7 @@ local ENDED_KEEP_MS = 300000
 local RESERVED_KEEP_MS = 86400000
 local FACTS_KEPT = 16
 local FACT_BYTES_MAX = 65536
+local FACTS_BYTES_MAX = 131072
 local OPENINGS_KEPT = 16
 -- The list in which an intent stands by its status; a claimed one by what its lease end means.
 local LIST_OF = {
@@ -459,22 +460,28 @@ local function save_intents(changed, now, keys)
 end
 
 -- What was said of an intent, with one more: `at kind fence applied text`. What was not applied is
--- not noted twice, and not beyond FACTS_KEPT; what was applied pushes the oldest out.
+-- not noted twice, and not beyond FACTS_KEPT or FACTS_BYTES_MAX; what was applied pushes the
+-- oldest out.
 local function with_fact(lines, now, kind, fence, applied, text)
   local tail = " " .. kind .. " " .. fence .. " " .. (applied and "1" or "0") .. " " .. text
   local line = integer(now) .. tail
   if not lines then
     return line
   end
-  local kept, first = 1, 1
-  for _ in string.gmatch(lines, "\n") do
-    kept = kept + 1
+  local kept, first, at = 0, 1, 0
+  while at do
+    kept, at = kept + 1, string.find(lines, "\n", at + 1, true)
   end
-  if not applied and (kept >= FACTS_KEPT or string.find(lines .. "\n", tail .. "\n", 1, true)) then
+  local fits = kept < FACTS_KEPT and #lines + #line < FACTS_BYTES_MAX
+  if not applied and (not fits or string.find(lines .. "\n", tail .. "\n", 1, true)) then
     return lines
   end
-  for _ = FACTS_KEPT, kept do
-    first = string.find(lines, "\n", first, true) + 1
+  while kept >= FACTS_KEPT or #lines - first + 1 + #line >= FACTS_BYTES_MAX do
+    local last = string.find(lines, "\n", first, true)
+    if not last then
+      return line
+    end
+    first, kept = last + 1, kept - 1
   end
   return string.sub(lines, first) .. "\n" .. line
 end

@@ -291,6 +291,7 @@ class Pump:
                 lease_ms=self._options.lease_ms,
                 consumer=self._options.consumer,
                 claim_id=entry.claim_id,
+                gives_back=True,  # It repeats only where it knows of no answer.
                 durability=self._options.durability,
                 repeat=is_repeat,
             )

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Mapping
 import msgspec
 
 from leasekit.doctor.finding import Finding, Problem
-from leasekit.doctor.pages import LOOKS_MAX, PAGE_MOST, Pages
+from leasekit.doctor.pages import PAGE_MOST, Pages
 from leasekit.gate.intent import read_intent
 
 __all__ = [
@@ -230,7 +230,7 @@ class GateSweep:
                     if state is not None:
                         pages.note_fence(max(state.fence, state.ask_fence))
                     if look.line is not None and judge_intent(look):
-                        async for finding in self._confirm(look.id, is_stray=False):
+                        async for finding in self._confirm(look.id):
                             yield finding
 
     async def _look(self, lines: Mapping[str, bytes | None]) -> list[IntentLook]:
@@ -269,18 +269,12 @@ class GateSweep:
             for i, id in enumerate(ids)
         ]
 
-    async def _confirm(self, id: str, *, is_stray: bool) -> AsyncIterator[Finding]:
-        """Look at a suspect alone; it may have moved on since, or be another's by now."""
-        for _ in range(LOOKS_MAX):
-            line = await self._backend.command("HGET", self._keys.gate_state, id)
-            [look] = await self._look({id: line})
-            if look.line == line:
-                break
-        else:
-            return
-        if (look.line is None) is is_stray:
-            for problem in judge_intent(look):
-                yield self._pages.finding(problem, id, concept="gate")
+    async def _confirm(self, id: str) -> AsyncIterator[Finding]:
+        """Look at a suspect alone and at one moment; it may have moved on since."""
+        line = await self._backend.command("HGET", self._keys.gate_state, id)
+        [look] = await self._look({id: line})
+        for problem in judge_intent(look):
+            yield self._pages.finding(problem, id, concept="gate")
 
     async def _check_strays(self) -> AsyncIterator[Finding]:
         """What speaks of intents that have no state line."""
@@ -300,7 +294,7 @@ class GateSweep:
                     if line is None:
                         told.add(id)
                         name = id.decode("utf-8", "replace")
-                        async for finding in self._confirm(name, is_stray=True):
+                        async for finding in self._confirm(name):
                             yield finding
 
     async def _check_runs(self) -> AsyncIterator[Finding]:

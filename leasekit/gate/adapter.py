@@ -29,8 +29,8 @@ class GuardedTool:
     """A tool whose calls are granted once: `await tool(source, **arguments)`.
 
     The call's name is made of the tool, where the call comes from (`source`: run, step, request), the
-    tenant and the arguments, or is the caller's `key`. The first call makes the effect; the same call
-    again gives its result back; while it runs, or where nobody knows, it is refused.
+    tenant and the arguments, or is the caller's `dispatch_key`. The first call makes the effect; the
+    same call again gives its result back; while it runs, or where nobody knows, it is refused.
     """
 
     def __init__(
@@ -59,9 +59,12 @@ class GuardedTool:
         self._on_expiry = on_expiry
         self._durability = durability
         self._lease_ms = lease_ms
-        self._takes_permit = "permit" in inspect.signature(function).parameters
+        self._signature = inspect.signature(function)
+        self._takes_permit = "permit" in self._signature.parameters
 
-    def event(self, source: Source, arguments: dict[str, Any], key: str | None) -> PreSendEvent:
+    def event(
+        self, source: Source, arguments: dict[str, Any], dispatch_key: str | None
+    ) -> PreSendEvent:
         """What the gate is told of a call."""
         name, digest = identity.dispatch_id(
             self._tool,
@@ -71,7 +74,7 @@ class GuardedTool:
             canonical_tool=self._canonical_tool,
         )
         return PreSendEvent(
-            dispatch_id=name if key is None else key,
+            dispatch_id=name if dispatch_key is None else dispatch_key,
             tool=self._tool,
             canonical_tool=self._canonical_tool,
             args=arguments,
@@ -82,13 +85,16 @@ class GuardedTool:
             risk_tier=self._risk_tier,
         )
 
-    async def __call__(self, source: Source, /, *, key: str | None = None, **arguments: Any) -> Any:
+    async def __call__(
+        self, source: Source, /, *, dispatch_key: str | None = None, **arguments: Any
+    ) -> Any:
         """Make the call, or give back what it led to before.
 
         The function gets the arguments, and the permit where it takes one: by it, it may say `failed`
         or `not_sent`, and then its return value is given to this caller alone. What it returns is the
         result, a JSON value. An exception of it leaves the intent unknown, unless it said otherwise.
-        Raises what `Gate.prepare` raises, and InvalidInput for a tool outside of the allow-list.
+        Raises what `Gate.prepare` raises, and InvalidInput for a tool outside of the allow-list, and
+        for arguments that the function does not take.
         """
         if "permit" in arguments:
             raise InvalidInput("an argument cannot be called permit", field="permit")
@@ -99,7 +105,16 @@ class GuardedTool:
                 "caller may use: nothing was granted and nothing was run",
                 field="scope_allowlist",
             )
-        event = self.event(source, arguments, key)
+        try:
+            self._signature.bind(**arguments, **({"permit": None} if self._takes_permit else {}))
+        except TypeError as wrong:
+            # Found out now: after begin it would leave unknown what never ran.
+            raise InvalidInput(
+                f"{name} does not take these arguments ({wrong}): nothing was granted and nothing was "
+                "run",
+                field="arguments",
+            ) from None
+        event = self.event(source, arguments, dispatch_key)
         permit: Permit | None = None
         try:
             async with self._gate.dispatch(

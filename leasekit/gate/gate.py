@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 __all__ = ["Completion", "Gate", "Receipt", "Resolution"]
 
 EXPIRE_ROWS = 250
-OWNER: Final = f"{socket.gethostname()}:{os.getpid()}"[: codec.ID_BYTES_MAX]
+HOST: Final = socket.gethostname()
 
 _PREPARE = script(
     "gate/prepare",
@@ -222,7 +222,9 @@ class Gate:
         check_on_expiry(chosen)
         length = self._policy.lease_ms if lease_ms is None else lease_ms
         codec.check_whole(length, "lease_ms", 1, codec.LEASE_MS_MAX)
-        owner = OWNER if owner is None else codec.check_text(owner, "owner")
+        if owner is None:
+            owner = f"{HOST}:{os.getpid()}"[: codec.ID_BYTES_MAX]  # asked each time: processes fork
+        codec.check_text(owner, "owner")
         now = scope.now_argument(now_ms)
         wanted = self._policy.durability if durability is None else durability
         document = identity.intent_document(event, scope.context)
@@ -711,7 +713,8 @@ class Gate:
         now = scope.now_argument(now_ms)
         if scope.must_register:
             await scope.register()
-        word: Literal["opened", "known"] = await scope.coalescer.submit(
+        coalescer = await scope.coalescer_for(self._policy.durability)
+        word: Literal["opened", "known"] = await coalescer.submit(
             _OPEN,
             scope.tag,
             (now,),

@@ -180,9 +180,9 @@ class Dispatch(AbstractAsyncContextManager[Permit]):
                 lease_ms=self._lease_ms,
                 owner=self._owner,
             )
-        except (OutcomeUnknown, LeaseLost) as error:
-            if error.id is None or isinstance(error, LeaseLost):
-                # Lost on the way, or too late: it may have been granted, and nobody will use it.
+        except OutcomeUnknown as error:
+            if error.id is None:
+                # The request was lost on the way: it may have been granted, and nobody will use it.
                 with suppress(LeasekitError):
                     await gate._withdraw_lost(self._event, token, self._durability)
             raise

@@ -87,10 +87,7 @@ for i = 1, count do
       reply[i + 1] = { "asked", row.ask_fence, row.ask_end, row.revision, row.asks }
       has_asked = true
     end
-    if not row.is_changed then
-      row.is_changed = true
-      changed[#changed + 1] = row
-    end
+    changed[#changed + 1] = row
   end
 end
 

@@ -131,18 +131,22 @@ for i = 1, count do
     reply[i + 1] = { answer, status }
   end
 end
-local gone, gone_runs = {}, {}
+local gone, gone_runs, left = {}, {}, {}
 for i = 1, #over do
   local row = over_rows[over[i]]
   if not rows[over[i]] then
-    gone[#gone + 1] = over[i]
-    if row and row ~= "damaged" and row.run ~= "~" then
-      gone_runs[#gone_runs + 1] = run_member(row, row.updated_at)
+    left[#left + 1] = over[i]
+    -- Only what is over is forgotten: a list that tells otherwise must not free a key.
+    if not row or (row ~= "damaged" and LIST_OF[row.status] == "done") then
+      gone[#gone + 1] = over[i]
+      if row and row.run ~= "~" then
+        gone_runs[#gone_runs + 1] = run_member(row, row.updated_at)
+      end
     end
   end
 end
 
-write("ZREM", done, gone)
+write("ZREM", done, left)
 write("ZREM", updated, gone)
 write("ZREM", runs, gone_runs)
 write("HDEL", docs, gone)

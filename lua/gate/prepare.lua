@@ -99,10 +99,7 @@ for i = 1, count do
       local n = #doc_pairs
       doc_pairs[n + 1], doc_pairs[n + 2] = id, ARGV[base + 9]
     end
-    if not row.is_changed then
-      row.is_changed = true
-      changed[#changed + 1] = row
-    end
+    changed[#changed + 1] = row
     row.status, row.cause, row.token = "claimed", "granted", token
     row.lease_end, row.on_expiry = now + leases[i], on_expiry
     row.revision, row.attempts = row.revision + 1, row.attempts + 1

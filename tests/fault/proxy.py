@@ -195,6 +195,8 @@ class _Link:
                 if plan and fault is Fault.CUT_BEFORE:
                     await self._cut(plan)
                     return
+                if self._to_server.is_closing():
+                    break
                 self._asked.append(plan)
                 self._to_server.write(request)
         except OSError:
@@ -225,7 +227,7 @@ class _Link:
         self.end()
 
     def _pass(self, data: bytes) -> None:
-        if not self._is_cut:
+        if not self._is_cut and not self._writer.is_closing():
             self._writer.write(data)
 
     async def _cut(self, plan: Plan) -> None:

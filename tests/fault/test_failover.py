@@ -61,6 +61,9 @@ DATA_LOST = (
 FINAL = {"Conflict", "InProgress", DATA_LOST}
 
 
+pytestmark = pytest.mark.timeout(180)  # a busy machine has other things to do
+
+
 class Failover(StrEnum):
     """What befalls the primary."""
 

@@ -43,6 +43,9 @@ APPENDFSYNC = {"fsync": "always", "none": "everysec"}
 PROBLEMS_SHOWN = 10
 
 
+pytestmark = pytest.mark.timeout(180)  # a busy machine has other things to do
+
+
 @dataclass
 class Table:
     """What happened, all runs of a class of durability together."""

@@ -1,129 +1,39 @@
-"""Every command of the three concepts, its connection broken in every way: applied once, or told.
+"""Every command of outbox, leases and idempotency, its connection broken in every way.
 
-A run takes one seed and one tenant through every command. What befalls a command is the seed's choice:
-the fault, how often, whether the server learns of a cut, and whether somebody else acts between the cut
-and the repeat (takes the row over, finishes and forgets it). Each answer is then held against what is
-stored:
+The framework is fault.repeats; the gate's commands are in test_gate_repeats.py.
 
-- a word of success: applied once, and OutcomeUnknown or an error wherever it was not;
-- the repeat answers as lua/PROTOCOL.md says: the first answer, `lost_claim` after a newer claim,
-  `forgotten` after deletion;
-- a request that was held back is never applied after its repeat; one that is delivered twice changes
-  nothing the second time, also after newer commands;
-- a recount of the tenant finds nothing amiss.
-
-`PYTHONPATH=tests python -m fault.test_repeats --seeds 1000` runs many, and prints the table.
+`PYTHONPATH=tests python -m fault.test_repeats --seeds 1000` runs many tenants through the commands of all
+four concepts, and prints the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import random
-import tempfile
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fault.proxy import Fault, Plan, Proxy
-from lua.commands import differences, invariants
-from servers import NoServer, Server, ServerProcess, dump
+from fault.proxy import Fault, Plan
+from fault.repeats import (
+    LEASE_MS,
+    SMOKE_SEEDS,
+    UNKNOWN,
+    Case,
+    is_call,
+    proxied,
+    run_seeds,
+)
+from lua.commands import invariants
+from servers import NoServer, ServerProcess, dump
 
 import leasekit
-from leasekit import Leasekit, Tenant
-from leasekit.coalesce import REPEATS_MAX
 from leasekit.codec import new_id, new_token
-from leasekit.errors import LeasekitError, OutcomeUnknown
-from leasekit.model import Retention
-from leasekit.scripts import read_scripts
-
-SMOKE_SEEDS = 40
-WORKERS = 6
-TIMEOUT_MS = 3_000
-HOLD_TIMEOUT_MS = 150  # the client gives up a request that is held back after this
-LEASE_MS = 30_000
-KEEP_NOTHING = Retention(finished_ms=0, dead_ms=0)
-
-UNKNOWN = "unknown"
+from leasekit.errors import OutcomeUnknown
 
 
-@dataclass
-class World:
-    """One tenant, as the client behind the proxy sees it, as others see it, and as it is stored."""
-
-    server: Server
-    mine: Tenant
-    others: Tenant
-    keeper: Tenant  # one more of the others, who keeps what is finished
-    keeps_nothing: bool
-    chance: random.Random
-
-    def dump(self) -> dict[str, Any]:
-        state = dump(self.server.raw, "lk", self.mine.tag)
-        # Records of claims go by their own time, and by whatever claim comes next.
-        return {key: value for key, value in state.items() if "claims" not in key}
-
-    def line(self, id: str) -> list[str]:
-        """The words of a row's state line; none while it is fresh or gone."""
-        key = self.mine.outbox._scope.keys.outbox_state
-        return (self.server.raw.hget(key, id) or b"").decode().split(" ", 9)
-
-    def errors(self, id: str) -> list[str]:
-        lines = self.server.raw.hget(self.mine.outbox._scope.keys.outbox_errors, id)
-        return lines.decode().split("\n") if lines else []
-
-    def tally(self, status: str, lane: str) -> int:
-        key = self.mine.outbox._scope.keys.outbox_tally
-        return int(self.server.raw.hget(key, f"{status}:{lane}:t") or 0)
-
-    def value(self, key: str, member: str) -> str:
-        keys = self.mine.outbox._scope.keys
-        return (self.server.raw.hget(getattr(keys, key), member) or b"").decode()
-
-
-class Case:
-    """One command: how to come to it, what it does, who comes between, what it must answer.
-
-    `marker` is what its request carries and no other. `applied` counts by what is stored; `history`
-    says which of (applied, rival won) was so before the last repeat.
-    """
-
-    command: str
-    word: str  # of success
-    number = 0
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.mine, self.others = world.mine, world.others
-        Case.number += 1
-        self.lane = f"lane{Case.number}"
-        self.marker = ""
-
-    async def prepare(self) -> None: ...
-
-    async def call(self, repeat: bool) -> str:
-        raise NotImplementedError
-
-    async def rival(self) -> bool:
-        """Somebody else acts; whether that took effect on what the command is about."""
-        raise NotImplementedError
-
-    def applied(self) -> int:
-        raise NotImplementedError
-
-    def expected(self, applied: bool, rival_won: bool) -> str:
-        """The answer to a repeat."""
-        raise NotImplementedError
-
-    def undisturbed(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A state without what a second delivery may change without harm."""
-        return state
-
-    # What several cases begin with.
+class _Queued(Case):
+    """A case about rows of a lane of its own."""
 
     async def enqueued(self, **options: Any) -> str:
         enqueued = await self.others.outbox.enqueue(self.lane, "t", {"n": 1}, **options)
@@ -136,7 +46,7 @@ class Case:
         return rows[0] if rows else None
 
 
-class Enqueue(Case):
+class Enqueue(_Queued):
     command, word = "outbox/enqueue", "created"
 
     async def prepare(self) -> None:
@@ -159,8 +69,12 @@ class Enqueue(Case):
     def expected(self, applied: bool, rival_won: bool) -> str:
         return UNKNOWN if rival_won and self.world.keeps_nothing else "created"
 
+    def is_new_in_copy(self, rival_won: bool) -> bool:
+        # Not marked as a repeat, without a dedupe key, of a row that nobody remembers.
+        return rival_won and self.world.keeps_nothing and self.dedupe_key is None
 
-class Claim(Case):
+
+class Claim(_Queued):
     command, word = "outbox/claim", "claimed"
 
     async def prepare(self) -> None:
@@ -190,7 +104,7 @@ class Claim(Case):
         return "none" if rival_won else "claimed"
 
 
-class _Finish(Case):
+class _Finish(_Queued):
     """What a holder says of its row, by the row's id and its token; a rival claims the row anew."""
 
     attempts: int | None = None
@@ -238,6 +152,10 @@ class Nack(_Finish):
 
 class Bury(_Finish):
     command, word = "outbox/nack", "dead_lettered"
+
+    @property
+    def name(self) -> str:
+        return f"{self.command} permanent"
 
     async def call(self, repeat: bool) -> str:
         return await self.mine.outbox.nack(
@@ -304,7 +222,7 @@ class Extend(_Finish):
         return without
 
 
-class Cancel(Case):
+class Cancel(_Queued):
     command, word = "outbox/cancel", "cancelled"
 
     async def prepare(self) -> None:
@@ -325,7 +243,7 @@ class Cancel(Case):
         return "not_pending" if rival_won else "cancelled"
 
 
-class Redrive(Case):
+class Redrive(_Queued):
     """A rival claims the row and buries it again: the order was not about that."""
 
     command, word = "outbox/redrive", "redriven"
@@ -360,7 +278,7 @@ class Redrive(Case):
         return "redriven"
 
 
-class Resolve(Case):
+class Resolve(_Queued):
     """A rival claims the row that is sent again and vanishes too: the verdict was not about that."""
 
     command, word = "outbox/resolve", "resolved"
@@ -570,194 +488,13 @@ CASES: list[type[Case]] = [
 ]
 
 
-@dataclass
-class Table:
-    """What happened, by command and fault."""
-
-    cells: dict[tuple[str, Fault], Counter[str]] = field(default_factory=dict)
-
-    def note(self, case: Case, fault: Fault, what: str) -> None:
-        name = case.command + (" permanent" if isinstance(case, Bury) else "")
-        self.cells.setdefault((name, fault), Counter())[what] += 1
-
-    def total(self, what: str) -> int:
-        return sum(cell[what] for cell in self.cells.values())
-
-    def __str__(self) -> str:
-        columns = ("runs", "applied once", "not applied", "OutcomeUnknown", "copy made anew")
-        lines = [f"{'command':24} {'fault':26}" + "".join(f"{column:>16}" for column in columns)]
-        for (command, fault), cell in sorted(self.cells.items()):
-            counts = "".join(f"{cell[column]:16}" for column in columns)
-            lines.append(f"{command:24} {fault:26}{counts}")
-        counts = "".join(f"{self.total(column):16}" for column in columns)
-        return "\n".join([*lines, f"{'all':51}{counts}"])
-
-
-@dataclass
-class Bench:
-    """A server behind proxies: a client for cuts, one with a short patience, and others' direct one."""
-
-    server: Server
-    clients: dict[tuple[bool, bool], tuple[Proxy, Leasekit]]
-    direct: dict[bool, Leasekit]
-
-
-@asynccontextmanager
-async def open_bench(server: Server) -> AsyncIterator[Bench]:
-    async with AsyncExitStack() as stack:
-        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="lk-"))
-        bench = Bench(server, {}, {})
-        for keeps_nothing in (False, True):
-            retention = KEEP_NOTHING if keeps_nothing else Retention()
-            bench.direct[keeps_nothing] = await stack.enter_async_context(
-                leasekit.connect(server.url, retention=retention)
-            )
-            for holds in (False, True):
-                path = str(Path(directory, f"{keeps_nothing:d}{holds:d}"))
-                proxy = await stack.enter_async_context(
-                    Proxy(path, server.url.removeprefix("unix://"))
-                )
-                kit = await stack.enter_async_context(
-                    leasekit.connect(
-                        proxy.url,
-                        retention=retention,
-                        timeout_ms=HOLD_TIMEOUT_MS if holds else TIMEOUT_MS,
-                    )
-                )
-                bench.clients[keeps_nothing, holds] = proxy, kit
-        yield bench
-
-
-async def run_seed(bench: Bench, seed: int, table: Table) -> None:
-    """One tenant through every command."""
-    chance = random.Random(seed)
-    keeps_nothing = chance.random() < 0.5
-    name = f"r{seed}"
-    tag = ""
-    for kind in chance.sample(CASES, len(CASES)):
-        fault = chance.choice(list(Fault))
-        proxy, kit = bench.clients[keeps_nothing, fault is Fault.HOLD]
-        world = World(
-            bench.server,
-            kit.tenant(name, "w"),
-            bench.direct[keeps_nothing].tenant(name, "w"),
-            bench.direct[False].tenant(name, "w"),
-            keeps_nothing,
-            chance,
-        )
-        tag = world.mine.tag
-        case = kind(world)
-        try:
-            await run_case(case, fault, proxy, table)
-        except AssertionError as error:
-            raise AssertionError(f"seed {seed}, {case.command}, {fault}: {error}") from error
-    invariants(dump(bench.server.raw, "lk", tag))
-
-
-async def run_case(case: Case, fault: Fault, proxy: Proxy, table: Table) -> None:
-    chance, world = case.world.chance, case.world
-    await case.prepare()
-    history = {"applied": False, "rival": False}
-    comes_between = chance.random() < 0.5 and fault not in (Fault.CUT_AFTER_REPLY, Fault.COPY)
-
-    async def meanwhile() -> None:
-        if comes_between and not plan_has_run.is_set():
-            history["applied"] = case.applied() > 0
-            history["rival"] = await case.rival()
-        plan_has_run.set()
-        history["applied"] = case.applied() > 0
-
-    plan_has_run = asyncio.Event()
-    sha = read_scripts()[case.command].sha(shebang=world.server.knows_flags).encode()
-    marker = case.marker.encode()
-    can_recur = fault in (Fault.CUT_BEFORE, Fault.CUT_AFTER, Fault.CUT_IN_REPLY)
-    plan = Plan(
-        lambda words: words[0] == b"EVALSHA" and words[1] == sha and marker in words,
-        fault,
-        times=chance.choice([1, 1, 1, 2, REPEATS_MAX + 1]) if can_recur else 1,
-        cut_at=chance.random(),
-        keeps_upstream=chance.random() < 0.5,
-        meanwhile=meanwhile if can_recur else None,
-    )
-    proxy.arm(plan)
-    answer = await answer_of(case.call, False)
-    proxy.arm(None)
-    applied = case.applied()
-    # On a slow machine the short patience of the client of HOLD may end before anything was sent.
-    was_sent = fault is not Fault.HOLD or answer != "Unavailable"
-    assert plan.struck == (plan.times if was_sent else 0), f"struck {plan.struck} of {plan.times}"
-    assert was_sent or not applied, "applied, and told that it was not"
-    assert applied <= 1, f"{answer}, applied {applied} times"
-
-    if plan.times > REPEATS_MAX:
-        assert answer == UNKNOWN, f"{answer} after {plan.times} lost replies"
-    elif fault is not Fault.HOLD or answer not in (UNKNOWN, "Unavailable"):
-        wanted = case.expected(history["applied"], history["rival"]) if can_recur else case.word
-        assert answer == wanted, f"answered {answer}, not {wanted}; {history}"
-    if answer == case.word:
-        assert applied == 1, f"answered {answer} without being applied"
-    table.note(case, fault, "runs")
-    table.note(case, fault, "applied once" if applied else "not applied")
-    if answer == UNKNOWN:
-        table.note(case, fault, "OutcomeUnknown")
-        # The caller asks by name: now it learns, or is told that nobody can know.
-        again = await answer_of(case.call, True)
-        while fault is Fault.HOLD and again in (UNKNOWN, "Unavailable"):
-            again = await answer_of(case.call, True)
-        wanted = case.expected(history["applied"], history["rival"])
-        assert again == wanted, f"asked by name: {again}, not {wanted}; {history}"
-        assert case.applied() <= 1
-
-    if fault is Fault.HOLD and was_sent:
-        before = world.dump()
-        assert set(await proxy.let_go()) == {None}, (
-            "the server took an old request after its repeat"
-        )
-        assert world.dump() == before
-    if fault is Fault.COPY:
-        forgotten = chance.random() < 0.5 and await case.rival() and world.keeps_nothing
-        before = case.undisturbed(world.dump())
-        await proxy.deliver_copy(plan.requests[0])
-        changes = differences(before, case.undisturbed(world.dump()))
-        if isinstance(case, Enqueue) and forgotten and case.dedupe_key is None:
-            # Not marked as a repeat, without a dedupe key, of a row that nobody remembers.
-            assert case.applied() == 2
-            table.note(case, fault, "copy made anew")
-        else:
-            assert not changes, f"the second delivery changed {changes}"
-
-
-async def answer_of(call: Callable[[bool], Awaitable[str]], repeat: bool) -> str:
-    """The word of an answer; an error's name, and UNKNOWN for OutcomeUnknown."""
-    try:
-        return str(await call(repeat))
-    except OutcomeUnknown:
-        return UNKNOWN
-    except LeasekitError as error:
-        return type(error).__name__
-
-
-async def run_seeds(server: Server, seeds: int, first: int = 0) -> Table:
-    """Some runs at a time, so that waiting for one is not waiting for all."""
-    table, waiting = Table(), iter(range(first, first + seeds))
-
-    async def work() -> None:
-        async with open_bench(server) as bench:
-            for seed in waiting:
-                await run_seed(bench, seed, table)
-
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(WORKERS, seeds)):
-            group.create_task(work())
-    return table
-
-
+@pytest.mark.timeout(300)  # a busy machine is five times slower
 @pytest.mark.parametrize("kind", ["valkey-9", "redis-6.2"])
 async def test_every_command_survives_every_fault(
     kind: str, running: Callable[[str], ServerProcess]
 ) -> None:
     """Applied at most once, told truly, and nothing is left amiss."""
-    table = await run_seeds(running(kind), SMOKE_SEEDS)
+    table = await run_seeds(running(kind), CASES, SMOKE_SEEDS)
     assert table.total("runs") == SMOKE_SEEDS * len(CASES)
 
 
@@ -830,21 +567,10 @@ async def test_calls_are_repeated_on_a_server_that_was_started_again(
     assert kills is None
 
 
-@asynccontextmanager
-async def proxied(server: Server) -> AsyncIterator[Proxy]:
-    """A proxy before a server, in a directory whose name is short enough for a socket."""
-    with tempfile.TemporaryDirectory(prefix="lk-") as directory:
-        path = str(Path(directory, "p"))
-        async with Proxy(path, server.url.removeprefix("unix://")) as proxy:
-            yield proxy
-
-
-def is_call(command: str) -> Callable[[list[bytes]], bool]:
-    sha = read_scripts()[command].sha(shebang=True).encode()
-    return lambda words: words[0] == b"EVALSHA" and words[1] == sha
-
-
 def main() -> None:
+    # Here, because pytest would load that file twice.
+    from fault.test_gate_repeats import CASES as GATE_CASES
+
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seeds", type=int, default=1_000)
     parser.add_argument("--first", type=int, default=0)
@@ -855,8 +581,9 @@ def main() -> None:
     except NoServer as error:
         parser.error(str(error))
     process.start()
+    kinds = [*CASES, *GATE_CASES]
     try:
-        print(asyncio.run(run_seeds(process, given.seeds, given.first)))  # noqa: T201
+        print(asyncio.run(run_seeds(process, kinds, given.seeds, given.first)))  # noqa: T201
     finally:
         process.stop()
 

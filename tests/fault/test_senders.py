@@ -5,8 +5,8 @@ A real server, a destination with a ledger (destination.py), senders that walk t
 are stopped by SIGSTOP until their leases are long over, and continued. Some of these stand exactly
 between the grant and begin(), between begin() and the effect, or between the destination's `absent`
 and its record, and are not continued before the key has gone another way. The destination is
-troublesome as well. Every sender reconciles all the while. In the end all are killed, and what is left
-is reconciled and finished without them.
+troublesome as well. Every sender reconciles all the while. When each key was granted, all are killed
+at once, and what is left is reconciled and finished without them.
 
 Then three books are compared: the destination's ledger, the intents, and what the senders had noted
 as far as they lived. PROMISED names the scenarios in which no key may be applied twice; the others are
@@ -25,7 +25,7 @@ import random
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
@@ -51,7 +51,7 @@ from fault.sender_messages import (
     Woke,
     decode_report,
 )
-from fault.senders import ORG, WORKSPACE, Caller, event_of, key_of
+from fault.senders import ORG, WORKSPACE, Caller, event_of, is_asked_by, key_of
 from servers import NoServer, ServerProcess
 
 import leasekit
@@ -70,7 +70,6 @@ STOP_LEASES = (1.3, 3.0)
 MOVED_LEASES_MAX = 8.0
 POLL_S = 0.05
 WALKED_SHARES = (0.02, 0.75)  # of the walk, within which faults befall the senders
-WALKED_AT_LAST = 0.96  # then nobody goes on
 AT_ONCE = 50  # calls of the parent, when it finishes what was left
 SETTLING_S_MAX = 120.0
 BITES_MIN = 3  # holds after begin() from which on they must have been seen at the destination
@@ -211,7 +210,7 @@ class Run:
         for number in range(plan.senders):
             self._start(number)
         await self._hurt(faults)
-        await self._until_walked(WALKED_AT_LAST)
+        await self._until_all_granted()
         await self._end_senders()
         before = await self._when_leases_are_over()
         line = await Line.reach(self._destination)
@@ -262,21 +261,41 @@ class Run:
             and member not in self._held
         ]
 
-    async def _until_walked(
-        self, share: float, condition: Callable[[], bool] = lambda: True
-    ) -> None:
-        """Wait until so much of the walk is done and the condition holds, or all is done."""
-        await self._crew.until(
-            lambda: (
-                len(self._walked) == self.plan.senders
-                or (self._progress() >= share and condition())
-            ),
-            "the senders to walk on",
+    def _is_all_walked(self) -> bool:
+        """Whether for each key one at least of those who ask for it is through."""
+        plan = self.plan
+        return all(
+            any(is_asked_by(plan, key, number) for number in self._walked)
+            for key in range(plan.senders)
         )
+
+    async def _until_all_granted(self) -> None:
+        """Wait until there is an intent of every key: many calls are under way then."""
+        noted, left = self._noted, set(range(self.plan.calls))
+
+        def is_near() -> bool:
+            left.difference_update(noted.grants, noted.told)
+            return len(left) <= self.plan.calls // 100 or self._is_all_walked()
+
+        await self._crew.until(is_near, "every key to be granted")
+        give_up_at = time.monotonic() + SETTLING_S_MAX
+        while left and not self._is_all_walked():
+            if time.monotonic() > give_up_at:
+                self._problem(f"{len(left)} keys are not granted, among them {sorted(left)[:5]}")
+                return
+            # Whoever was granted a key may have died before it could note it.
+            keys = sorted(left.difference(noted.grants, noted.told))
+            found = await asyncio.gather(*[self._intent(key) for key in keys])
+            left = {key for key, intent in zip(keys, found, strict=True) if intent is None}
 
     async def _hurt(self, faults: list[tuple[float, Fault]]) -> None:
         for share, fault in faults:
-            await self._until_walked(share, lambda: bool(self._victims()))
+            await self._crew.until(
+                lambda share=share: (
+                    self._is_all_walked() or (self._progress() >= share and bool(self._victims()))
+                ),
+                "the senders to walk on",
+            )
             if not (victims := self._victims()):
                 continue
             number = self._chance.choice(victims)
@@ -333,7 +352,7 @@ class Run:
 
     async def _has_moved(self, held: Held) -> bool:
         """Whether the key that a sender holds has been granted anew, or is done with."""
-        intent = await self._tenant.gate.get(outbox_id(event_of(held.key).dispatch_id))
+        intent = await self._intent(held.key)
         if intent is None:
             return True
         is_final = intent.status not in ("claimed", "unknown", "cancelled")
@@ -371,6 +390,9 @@ class Run:
                 self._stop(member, report)
 
     # --------------------------------------------------------------------------------- the end
+
+    async def _intent(self, key: int) -> Intent | None:
+        return await self._tenant.gate.get(outbox_id(event_of(key).dispatch_id))
 
     async def _intents(self) -> dict[int, Intent]:
         found: dict[int, Intent] = {}
@@ -665,15 +687,20 @@ def main() -> None:
     logging.getLogger("leasekit").setLevel(logging.ERROR)  # calls without a word are meant here
     kills = given.calls // CALLS_A_KILL if given.kills is None else given.kills
     stops = given.calls // CALLS_A_STOP if given.stops is None else given.stops
-    results = []
+    results: list[Result] = []
+    problems: list[str] = []
     for name in given.scenario or PLANS:
         plan = plan_of(
             name, given.seed, calls=given.calls, senders=given.senders, kills=kills, stops=stops
         )
         try:
-            results.append(asyncio.run(run_plan(plan, kills, stops)))
+            result = asyncio.run(run_plan(plan, kills, stops))
         except (NoServer, DemoFailed) as error:
-            sys.exit(f"{name}, seed {given.seed}: {error}")
+            problems.append(f"{name}: it could not be run to its end: {error}")
+            continue
+        print(f"{name}: {result.counts['seconds']} s", file=sys.stderr)  # noqa: T201
+        results.append(result)
+        problems += result.problems
     for policy in ("park", "reclaim"):
         if shown := [result for result in results if result.plan.on_expiry == policy]:
             print(f"\n{policy}, seed {given.seed}\n{table_of(shown)}")  # noqa: T201
@@ -684,7 +711,6 @@ def main() -> None:
             shown="; ".join(name for name in PLANS if name not in PROMISED),
         )
     )
-    problems = [problem for result in results for problem in result.problems]
     for problem in problems:
         print(f"BROKEN: {problem}")  # noqa: T201
     sys.exit(1 if problems else 0)

@@ -222,6 +222,23 @@ def test_a_full_page_goes_on_only_where_there_is_more(
     assert count == 7
 
 
+def test_a_parked_row_is_found_before_anybody_notes_it(
+    run: Run, server: Server, tenant_name: str
+) -> None:
+    """Of all tenants, also one that has nothing else that is unknown."""
+
+    async def populate() -> str:
+        async with leasekit.connect(server.url, prefix=f"p-{tenant_name}") as kit:
+            outbox = kit.tenant(tenant_name, "prod").outbox
+            row = (await outbox.enqueue("pay", "bank", {}, on_expiry="park")).row
+            await outbox.claim("pay", "bank", lease_ms=0, consumer="teller")
+            return row.id
+
+    id = asyncio.run(populate())
+    found = run("unknown", "--url", server.url, "--prefix", f"p-{tenant_name}", "--json").document
+    assert [one["id"] for one in found["items"]] == [id]
+
+
 def test_nothing_unknown_is_said(run: Run, server: Server, tenant_name: str) -> None:
     """An empty answer is no empty table; a tenant that never was is exit code 3."""
 
@@ -568,6 +585,8 @@ def test_gate_open_of_the_data_that_is_here_does_nothing(run: Run, shop: SimpleN
     known = run("gate", "open", "--dataset", here, "--reason", "r", *shop.options, "--yes")
     assert (known.code, known.out.splitlines()[-1]) == (0, "known")
     assert "nothing has to be opened" in known.out
+    dry = run("gate", "open", "--dataset", here, "--reason", "r", *shop.options, "--dry-run")
+    assert dry.out.splitlines()[-1] == "known"
     # One name in 64 begins as an option does.
     hyphen = ("gate", "open", "--dataset", "-" * 22, "--reason", "r", *shop.options, "--dry-run")
     assert run(*hyphen).code == 0
@@ -647,10 +666,13 @@ def test_doctor_warns_of_what_is_long_unknown(run: Run, shop: SimpleNamespace) -
     assert "more than a day" not in young["what"]
     assert f"1 that no destination could tell of ({shop.tenant} 1)" in young["what"]
     long_ago = int(shop.raw.time()[0]) * 1_000 - DAY_MS - 60_000
+    shop.raw.zadd(shop.keys.outbox_unknown, {shop.rows[0]: long_ago})
+    assert (
+        f"1 unknown for more than a day ({shop.tenant} 1)" in doctors_line(run, *shop.where)["what"]
+    )
     for id in (shop.ids.lost1, shop.ids.ended):
         change_state(shop, shop.keys, id, lease_end=long_ago)
     shop.raw.zadd(shop.keys.gate_expiring, {shop.ids.ended: long_ago})
-    shop.raw.zadd(shop.keys.outbox_unknown, {shop.rows[0]: long_ago})
     other = Keys(shop.prefix, f"{shop.name}.test")
     shop.raw.zadd(other.gate_expiring, {shop.elsewhere: long_ago})
     old = doctors_line(run, *shop.where)

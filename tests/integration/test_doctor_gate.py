@@ -362,6 +362,21 @@ async def traffic(tenant: Tenant, seed: int, steps: int | None, stop: asyncio.Ev
                     await tenant.gate.resolve(intent.outbox_id, verdict, actor="a", reason="r")
 
 
+async def test_an_intent_that_moves_meanwhile_is_no_damage(
+    ward: Ward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that changes between two reads has another entry of its run than the first one says."""
+    look = type(ward.kit.backend).look
+
+    async def move_and_look(self: Any, *commands: Any) -> Any:
+        verdict = await ward.tenant.gate.complete(word("held", "failed"))
+        assert verdict == "recorded"
+        return await look(self, *commands)
+
+    monkeypatch.setattr(type(ward.kit.backend), "look", move_and_look)
+    assert await swept(ward.kit, ward.tag) == []
+
+
 async def test_a_busy_gate_has_no_damage(server: Server, tenant_name: str) -> None:
     """After much traffic, and while more goes on: every sweep finds nothing."""
     async with leasekit.connect(server.url, gate=GatePolicy()) as kit:

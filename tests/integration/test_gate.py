@@ -13,6 +13,7 @@ from servers import Server, dump
 
 from leasekit import (
     Conflict,
+    CorruptState,
     GatePolicy,
     InProgress,
     InvalidInput,
@@ -544,7 +545,7 @@ async def test_a_damaged_row_is_granted_to_nobody(
     """spec/reliability 3.4 1: an error, never a silent overwrite."""
     await prepare(gate)
     move(server, tenant_name, lambda line: line[:20])
-    with pytest.raises(LeasekitError, match="nothing was granted"):
+    with pytest.raises(CorruptState, match="nothing was granted; run `leasekit doctor`"):
         await prepare(gate)
     stored = server.raw.hget(f"lk:{{{tenant_name}.w}}:gate:state", ID)
     assert len(stored) == 20

@@ -101,10 +101,10 @@ async def test_a_call_has_the_name_of_the_spec(gate: Gate, mailer: Mailer) -> No
 async def test_a_callers_key_names_the_call(gate: Gate, mailer: Mailer) -> None:
     """The same key with other arguments is a conflict, never a send."""
     send = gate.guard(mailer.send, tool=TOOL)
-    first = await send(SOURCE, key="order-7", to="a")
-    assert await send(OTHER, key="order-7", to="a") == first
+    first = await send(SOURCE, dispatch_key="order-7", to="a")
+    assert await send(OTHER, dispatch_key="order-7", to="a") == first
     with pytest.raises(Conflict, match="with other arguments under the same key"):
-        await send(SOURCE, key="order-7", to="b")
+        await send(SOURCE, dispatch_key="order-7", to="b")
     assert len(mailer.effects) == 1
     assert (await gate.list()).items[0].idempotency_key == "order-7"
 
@@ -146,6 +146,15 @@ async def test_a_call_that_raises_is_unknown(
     with pytest.raises(OutcomeUnknown, match="already `unknown`"):
         await send(SOURCE, to="a")
     assert len(mailer.effects) == 1
+
+
+async def test_a_refusal_from_inside_is_not_taken_for_its_own(gate: Gate, mailer: Mailer) -> None:
+    """A function that is refused something by a gate itself: that is no result of this call."""
+    await gate.guard(mailer.send, tool=TOOL)(SOURCE, to="a")
+    (row,) = (await gate.list()).items
+    mailer.error = Conflict("refused inside", id=row.outbox_id, status="sent")
+    with pytest.raises(Conflict, match="refused inside"):
+        await gate.guard(mailer.send, tool=TOOL)(SOURCE, to="b")
 
 
 async def test_a_call_that_is_cancelled_is_unknown(gate: Gate) -> None:
@@ -267,6 +276,22 @@ async def test_no_argument_can_be_called_permit(gate: Gate, mailer: Mailer) -> N
         await gate.guard(mailer.send, tool=TOOL)(SOURCE, permit=1)
     assert raised.value.field == "permit"
     assert mailer.effects == []
+
+
+@pytest.mark.parametrize("arguments", [{}, {"to": "a", "cc": "c4nary"}])
+async def test_arguments_that_do_not_fit_are_refused_before_a_grant(
+    gate: Gate, arguments: dict[str, Any]
+) -> None:
+    """Nothing ran: it must not become unknown, and no value is shown."""
+
+    async def tool(to: str, permit: Permit) -> None:
+        pytest.fail("run")
+
+    with pytest.raises(InvalidInput, match="nothing was granted and nothing was run") as raised:
+        await gate.guard(tool, tool=TOOL)(SOURCE, **arguments)
+    assert raised.value.field == "arguments"
+    assert "c4nary" not in str(raised.value)
+    assert (await gate.list()).items == []
 
 
 @pytest.mark.parametrize("result", [None, 0, "", [], {"a": [1, None]}])

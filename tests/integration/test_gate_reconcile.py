@@ -525,6 +525,26 @@ async def test_reconcilers_side_by_side_ask_each_once(
     assert (await gate.unknown(now_ms=NOW + 9)).items == []
 
 
+async def test_what_is_not_unknown_any_more_is_not_asked_about(gate: Gate) -> None:
+    """Since the round saw it, it was decided about, granted again, and is over, but not unknown."""
+    await park(gate, "first", now_ms=NOW - 1)
+    await park(gate)
+    asked = Destination(undecidable())
+
+    async def ask(question: Question) -> Any:
+        order: dict[str, Any] = {"actor": "a", "reason": "r", "now_ms": NOW + 2}
+        assert await gate.resolve(ID, "not_sent", **order) == "resolved"
+        again = await gate.prepare(call(), on_expiry="reclaim", lease_ms=1, now_ms=NOW + 2)
+        assert again is not None
+        return await asked(question)
+
+    told = await reconcile(gate, ask, now_ms=NOW + 9, concurrency=1)
+    assert told == counts(asked=1, undecidable=1, waiting=1)
+    assert [question.key for question in asked.questions] == ["first"]
+    row = await look(gate, NOW + 9)
+    assert (row.status, row.attempts, row.asks) == ("claimed", 2, 0)
+
+
 async def test_no_more_questions_at_once_than_said(gate: Gate) -> None:
     """concurrency; and each is asked all the same."""
     await asyncio.gather(*(park(gate, f"key-{number}") for number in range(30)))
@@ -547,7 +567,7 @@ async def test_a_round_goes_through_all_pages(gate: Gate) -> None:
     """Also through what moves behind the others because it was asked: each once."""
     await asyncio.gather(*(park(gate, f"key-{number}") for number in range(1_030)))
     asked = Destination()
-    told = await reconcile(gate, asked, now_ms=NOW + 1, concurrency=500, backoff_ms=(0, 0))
+    told = await reconcile(gate, asked, now_ms=NOW + 5, concurrency=500, backoff_ms=(0, 0))
     assert told == counts(asked=1_030, undecidable=1_030)
     assert len({question.key for question in asked.questions}) == 1_030
 

@@ -102,6 +102,9 @@ def test_second_answer_is_as_the_first(
     for note in (NOTE, "{}"):
         item = ("i1", C, 3, verdict, note)
         assert answer(asked, item, now_ms=36, asks_max=asks_max)[1:] == first[1:]
+    for revision in (2, 4):
+        item = ("i1", C, revision, verdict, NOTE)
+        assert answer(asked, item, now_ms=36, asks_max=asks_max)[1][0] == "lost"
     assert asked.dump() == before
 
 

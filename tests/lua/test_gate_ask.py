@@ -114,13 +114,20 @@ def test_pause_doubles_up_to_a_bound(tenant: Tenant, asks: int, ask_at: int) -> 
 
 
 @pytest.mark.parametrize(("first_ms", "most_ms", "ask_at"), [(0, 75, 40), (90, 75, 115)])
+@pytest.mark.parametrize("asks", [0, 9_998])
 def test_pause_may_be_none_or_constant(
-    unknown: Tenant, first_ms: int, most_ms: int, ask_at: int
+    tenant: Tenant, first_ms: int, most_ms: int, ask_at: int, asks: int
 ) -> None:
-    """first_ms = 0 asks again at once; one above most_ms is cut to it."""
-    unknown.run("gate/ask", ("i1", C), now_ms=30, first_ms=first_ms, most_ms=most_ms)
+    """first_ms = 0 asks again at once, however often; one above most_ms is cut to it."""
+    tenant.is_damaged = True
+    tenant.prepare("i1")
+    line = tenant.intent("i1").replace(" park 0 ", f" park {asks} ")
+    tenant.raw.hset(tenant.keys.gate_state, "i1", line)
 
-    assert unknown.dump()["gate:unknown"] == {"i1": ask_at}
+    pace = {"asks_max": 10_000, "first_ms": first_ms, "most_ms": most_ms}
+    tenant.run("gate/ask", ("i1", C), now_ms=30, **pace)
+
+    assert tenant.dump()["gate:unknown"] == {"i1": ask_at}
 
 
 def test_questions_nobody_answers_end(unknown: Tenant) -> None:

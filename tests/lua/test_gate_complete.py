@@ -188,6 +188,15 @@ def test_a_repeated_word_does_not_overrule_what_was_said_since(tenant: Tenant) -
     assert tenant.facts("i1")[3:] == ["17 succeeded 10000 1 2"]
 
 
+def test_a_repeated_word_is_nobody_elses(tenant: Tenant) -> None:
+    """What an event said does not stand for the same word of a sender that was overtaken."""
+    tenant.prepare("i1")
+    complete(tenant, ("i1", "", "failed", NOTE), now_ms=15)
+
+    assert complete(tenant, ("i1", B, "failed", NOTE), now_ms=16, repeated=1)[1][0] == "lost"
+    assert tenant.facts("i1")[1:] == [f"16 failed 0 0 {NOTE}"]
+
+
 def test_a_repeated_word_is_new_after_a_newer_grant(tenant: Tenant) -> None:
     """The same word under another fence is another word."""
     tenant.prepare("i1")
@@ -544,8 +553,8 @@ def test_complete_forgets_nothing_that_it_is_about(tenant: Tenant, token: str, r
     assert tenant.dump().get("gate:facts", {}).keys() == left
 
 
-def test_a_damaged_intent_is_forgotten_as_well(tenant: Tenant) -> None:
-    """What stands in the list of the finished goes, whatever is left of it."""
+def test_a_damaged_intent_is_not_forgotten(tenant: Tenant) -> None:
+    """Nobody can say that its key is free: it only leaves the list. What has no state line goes."""
     tenant.is_damaged = True
     finish(tenant, 2, run="~")
     tenant.raw.hset(tenant.keys.gate_state, "d00", "x")
@@ -553,4 +562,50 @@ def test_a_damaged_intent_is_forgotten_as_well(tenant: Tenant) -> None:
 
     complete(tenant, ("x", A, "failed", "{}"), now_ms=2_000)
 
-    assert tenant.dump() == {"fence": "10000", "gate:dataset": "f" * 22}
+    state = tenant.dump()
+    assert state["gate:state"] == {"d00": "x"}
+    assert state["gate:docs"].keys() == {"d00"}
+    assert "gate:done" not in state
+
+
+def test_only_what_is_over_is_forgotten(tenant: Tenant) -> None:
+    """An entry among the finished ones that does not belong there leaves the list, and frees no key."""
+    tenant.prepare(intent("live", A), intent("other", B))
+    tenant.raw.zadd(tenant.keys.gate_done, {"live": 10, "nothing": 10})
+    complete(tenant, ("other", B, "succeeded", "{}"), now_ms=5_000, keep_ms=1_000)
+
+    assert tenant.intent("live")
+    assert tenant.raw.zrange(tenant.keys.gate_done, 0, -1) == [b"other"]
+
+
+def test_a_repeat_does_not_overrule_what_overruled_it(tenant: Tenant) -> None:
+    """The sender's own word, an event that ended it otherwise, and the sender's repeat: nothing new."""
+    tenant.prepare(intent("i1", A))
+    complete(tenant, ("i1", A, "succeeded", "{}"), now_ms=11)
+    complete(tenant, ("i1", "", "failed", "{}"), now_ms=12)
+    before = tenant.dump()
+
+    again = complete(tenant, ("i1", A, "succeeded", "{}"), now_ms=13, repeated=1)
+
+    assert again == [13, ["kept", "failed"]]
+    assert tenant.dump() == before
+
+
+def test_the_facts_of_an_intent_are_bounded_in_bytes(tenant: Tenant) -> None:
+    """The oldest go for what is applied; what is not is not noted any more."""
+    tenant.prepare(intent("i1", A))
+    long = '"' + "x" * 60_000 + '"'
+    complete(tenant, ("i1", "", "failed", '"a"'), now_ms=11)
+    complete(tenant, ("i1", "", "succeeded", long), now_ms=12)
+    complete(tenant, ("i1", "", "failed", long), now_ms=13)
+    assert [fact[:11] for fact in tenant.facts("i1")] == [
+        "11 failed 0",
+        "12 succeede",
+        "13 failed 0",
+    ]
+
+    complete(tenant, ("i1", B, "succeeded", long), now_ms=14)
+    assert len(tenant.facts("i1")) == 3
+
+    complete(tenant, ("i1", "", "succeeded", long), now_ms=15)
+    assert [fact[:2] for fact in tenant.facts("i1")] == ["13", "15"]

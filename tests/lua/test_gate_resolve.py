@@ -113,6 +113,8 @@ def test_second_resolve_is_as_the_first(unknown: Tenant, verdict: str, status: s
     for note in (NOTE, "{}"):
         reply = resolve(unknown, ("i1", 2, verdict, note), now_ms=51)
         assert reply == [51, ["resolved", status]]
+    items = (("i1", revision, verdict, NOTE) for revision in (1, 3))
+    assert resolve(unknown, *items, now_ms=51) == [51, *[["not_unknown", status]] * 2]
     assert unknown.dump() == before
 
 

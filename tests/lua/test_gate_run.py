@@ -56,6 +56,7 @@ def test_a_run_is_told_from_those_whose_names_begin_alike(tenant: Tenant, run: s
     """A run has its own intents and no other's, whatever stands before and behind it."""
     for name in RUNS:
         prepare(tenant, f"{name}1", f"{name}2", run=name)
+    prepare(tenant, ":aa1", run="z")  # as the end of a member of `aa` reads, counted as one of `a`
 
     reply = tenant.run("gate/run", now_ms=15, run=run)
 
