@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import uuid
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from leasekit import codec
-from leasekit.errors import CorruptState
+from leasekit.errors import CorruptState, InvalidInput
 from leasekit.ledger.filing import AUDIT, DECISIONS, check_scope
 from leasekit.ledger.records import AuditEvent, PolicyDecision
 from leasekit.ledger.store import Listed, Store, Transaction, name_of
@@ -26,6 +27,8 @@ __all__ = ["Audit", "Decisions", "record_hash"]
 
 HEAD = name_of("audit_head", "head")
 DECISIONS_MAX = 500
+DURABILITIES = ("best_effort", "durable_required")
+DECISION_WORDS = ("allow", "deny", "approval_required")
 
 
 class _Head(msgspec.Struct, frozen=True):
@@ -67,16 +70,20 @@ class Audit:
         Raises CorruptState where the chain's last event does not fit its head: run `verify`.
         """
         codec.check_text(event_type, "event_type")
-        codec.canonical_json(payload, "payload", bytes_max=codec.DOCUMENT_BYTES_MAX)
+        _check_word(durability, "durability", DURABILITIES)
+        if actor is not None:
+            codec.check_text(actor, "actor")
+        for field, value in (("payload", payload), ("requester_context", requester_context)):
+            codec.canonical_json(value, field, bytes_max=codec.DOCUMENT_BYTES_MAX)
         identity = str(uuid.uuid4()) if event_id is None else codec.check_text(event_id, "event_id")
         context = self._store.scope.context
 
         async def add(transaction: Transaction) -> AuditEvent:
+            # The head first: whoever adds this very event meanwhile changes it as well.
+            head = _head(await transaction.get(HEAD))
             name = AUDIT.name_of(identity)
             if (known := await transaction.get(name)) is not None:
                 return AUDIT.decode(known)
-            doc = await transaction.get(HEAD)
-            head = _head(doc)
             if head.seq and not _is_end(await transaction.get(AUDIT.name_of(head.event_id)), head):
                 raise self._broken(
                     f"does not end with the event {head.event_id} (place {head.seq}) as it was added: "
@@ -101,7 +108,7 @@ class Audit:
             transaction.put(HEAD, Listed((), event.created_at_ms, "head", "~"), end)
             return event
 
-        return await self._store.transact(add, now_ms=now_ms)
+        return await self._store.transact(add, line=HEAD, now_ms=now_ms)
 
     async def list(
         self,
@@ -190,6 +197,14 @@ def _is_last(event: AuditEvent, head: _Head) -> bool:
     return ours == (head.seq, head.event_id, head.record_hash)
 
 
+def _check_word(given: str, field: str, words: Sequence[str]) -> None:
+    if given not in words:
+        raise InvalidInput(
+            f"{field} must be one of {', '.join(words)}, not {given}: nothing was written",
+            field=field,
+        )
+
+
 class Decisions:
     """What policies said of calls."""
 
@@ -204,6 +219,7 @@ class Decisions:
         """Write a decision; one with the same id is replaced."""
         codec.check_text(decision.decision_id, "decision_id")
         codec.check_whole(decision.created_at_ms, "created_at_ms", 0, codec.INSTANT_MS_MAX)
+        _check_word(decision.decision, "decision", DECISION_WORDS)
         check_scope(self._store.scope, decision)
 
         async def write(transaction: Transaction) -> PolicyDecision:

@@ -159,7 +159,7 @@ def filled(record: Phased, at_ms: int) -> Phased:
         return record
     phase_id = record.current_phase_id if isinstance(record, Run) else record.phase_id
     seen = observed(record.run_id, record.status, at_ms, phase_id)
-    history = record.phase_history
+    history: list[PhaseTransition] = record.phase_history
     return msgspec.structs.replace(
         record,
         phase=phase,

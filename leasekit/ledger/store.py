@@ -100,7 +100,8 @@ class Transaction:
         """The same of several records, in that order."""
         found = await self._store.get(names, now_ms=self.given_ms)
         for name, one in zip(names, found, strict=True):
-            self._read[name] = one.revision if one else 0
+            # What changed between two reads fails at the commit: the first one was decided on too.
+            self._read.setdefault(name, one.revision if one else 0)
         return [one.doc if one else None for one in found]
 
     async def guard(self, run: str) -> None:

@@ -11,8 +11,9 @@ import pytest
 
 from leasekit import InvalidInput, Leasekit, Tenant
 from leasekit.ledger.records import StatefulRuntimeScope, TimeoutPolicy, Wait
+from leasekit.ledger.store import Transaction
 from leasekit.ledger.waiting import WebhookEvent
-from leasekit.ledger.waits import Waits
+from leasekit.ledger.waits import Waits, read, write_wait
 from leasekit.model import TenantContext
 
 Connect = Callable[..., Awaitable[Leasekit]]
@@ -431,6 +432,27 @@ async def test_completed_waits_are_due_no_more(
     await waits.mark_woken("run-a", "wait-a", "k", seq=1, now_ms=60)
 
     assert not any("~due|" in place for place in state()["ledger:index"])
+
+
+async def test_change_between_two_reads_spoils_the_attempt(waits: Waits, make: Make) -> None:
+    """A decision that saw two versions of a record does not land; the next attempt sees one."""
+    await put(waits, make())
+    attempts: list[int] = []
+
+    async def decide(transaction: Transaction) -> None:
+        first = await read(transaction, "run-a", "wait-a")
+        if not attempts:
+            await waits.mark_woken("run-a", "wait-a", "k", seq=1, now_ms=60)
+        second = await read(transaction, "run-a", "wait-a")
+        attempts.append(int(first == second))
+        assert second is not None
+        write_wait(transaction, msgspec.structs.replace(second, reason=str(len(attempts))))
+
+    await waits.transact(decide, now_ms=60)
+    wait = await waits.get("run-a", "wait-a", now_ms=60)
+    assert attempts == [0, 1]
+    assert wait is not None
+    assert (wait.status, wait.reason) == ("woken", "2")
 
 
 # --- webhooks and resolutions ---------------------------------------------------------------------
