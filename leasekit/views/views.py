@@ -38,6 +38,7 @@ from leasekit.views.runs import (
     RunFilters,
     events_page,
     filters_shown,
+    run_fields,
     run_view,
     shows,
     snapshots_page,
@@ -346,9 +347,10 @@ class Views:
         now_ms: int | None = None,
     ) -> dict[str, Any] | None:
         """The same of one run, with the run; a `run_id` among the filters does not count."""
-        view = await self.run(run_id, event_limit=1, snapshot_limit=1, now_ms=now_ms)
-        if view is None:
+        run = await self._ledger.runs.get(run_id, now_ms=now_ms)
+        if run is None:
             return None
+        newest = await self._ledger.snapshots.list(run_id, limit=1, now_ms=now_ms)
         page = await reliability_page(
             self._reader,
             msgspec.structs.replace(filters or Filters(), run_id=run_id),
@@ -358,7 +360,7 @@ class Views:
             after_scan=after_scan,
             now_ms=now_ms,
         )
-        return {"run_id": run_id, "run": view["run"], **page}
+        return {"run_id": run_id, "run": run_fields(run, newest), **page}
 
     async def observability(
         self,
