@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from leasekit import codec
-from leasekit.errors import Conflict
+from leasekit.errors import Conflict, InvalidInput
 from leasekit.gate import Gate, Intent, LedgerEvent, Permit, PreSendEvent, Receipt, Source
 from leasekit.gate.events import check_event, is_completion
 from leasekit.gate.identity import key_digest, outbox_id
@@ -45,7 +45,7 @@ from leasekit.ledger.records import (
 from leasekit.ledger.recovery import Execution
 from leasekit.ledger.retrying import retry_dead_letters
 from leasekit.ledger.runs import Runs
-from leasekit.ledger.store import IntentChange, Store, Transaction
+from leasekit.ledger.store import RECORD_ID_BYTES_MAX, IntentChange, Store, Transaction
 from leasekit.ledger.waits import Waits
 from leasekit.model import Page
 from leasekit.scope import PAGE_LIMIT_DEFAULT, Scope, decode_cursor, encode_cursor
@@ -288,7 +288,13 @@ class Ledger:
         raise; the compensation then stays `running`, and executing it again goes on under the same
         key. A call that failed for good makes it `failed`: executing it again is another attempt.
         """
-        codec.check_text(compensation_id, "compensation_id")
+        codec.check_text(compensation_id, "compensation_id", bytes_max=RECORD_ID_BYTES_MAX)
+        if executor is not None and self._scope.settings.clock == "caller":
+            raise InvalidInput(
+                "an executor needs the server's clock, by which its lease counts: nothing was begun; "
+                "connect without clock='caller'",
+                field="executor",
+            )
         who = actor or operator_principal(self._scope.context.actor_id)
         called: Compensation | None = None
 

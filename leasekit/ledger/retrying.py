@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from leasekit.ledger import phases, recovery
+from leasekit.ledger.audit import Audit
 from leasekit.ledger.filing import DEAD_LETTERS, RUNS
 from leasekit.ledger.records import DeadLetter, PrincipalRef, Run
 from leasekit.ledger.redaction import merged
@@ -111,7 +112,7 @@ async def retry_dead_letters(store: Store, *, now_ms: int | None = None) -> int:
     """Look once at every dead letter whose retry was requested; gives how many were acted upon.
 
     One that succeeded since is resolved, one whose budget of 5 is used up is ignored; else its run is
-    put back in line, once a sweep, however many dead letters it has.
+    put back in line, once a sweep, however many dead letters it has; that is noted in the audit chain.
     """
     acted, seen = 0, set[str]()
     requeued_runs: set[str] = set()
@@ -163,6 +164,13 @@ async def _look_at(store: Store, name: str, requeued_runs: set[str], now_ms: int
     acted, run_id = await store.transact(decide, now_ms=now_ms)
     if run_id is not None:
         requeued_runs.add(run_id)
+        await Audit(store).append(
+            REASON,
+            {"run_id": run_id, "dead_letter": name},
+            actor=ACTOR.id,
+            durability="best_effort",
+            now_ms=now_ms,
+        )
     return acted
 
 

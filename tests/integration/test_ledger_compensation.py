@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from ledger_records import action, compensation, failed_action, letter, scope_of
+from ledger_records import compensation, failed_action, letter, scope_of
 from servers import Server
 
 import leasekit
@@ -231,7 +231,7 @@ async def test_a_cancelled_compensation_is_not_executed(
     record = compensation("c", scope, status="cancelled")
     await ledger.compensations.upsert(record, now_ms=3_000)
 
-    with pytest.raises(Conflict, match="^stateful compensation `c` is cancelled"):
+    with pytest.raises(Conflict, match=r"^stateful compensation `c` is cancelled"):
         await ledger.execute_compensation("c", now_ms=4_000)
 
     assert await ledger.compensations.get("c", now_ms=4_000) == record
@@ -612,3 +612,18 @@ async def test_an_approval_is_required_before_the_call(live: Tenant) -> None:
         await ledger.execute_compensation("c", executor=call, require_approval=True)
     assert await ledger.execute_compensation("missing", executor=call) is None
     assert (await live.gate.list()).items == []
+
+
+async def test_an_executor_needs_the_servers_clock(
+    ledger: Ledger, scope: StatefulRuntimeScope
+) -> None:
+    """Its lease counts by it; nothing is begun."""
+    record = compensation("c", scope)
+    await ledger.compensations.upsert(record, now_ms=3_000)
+
+    async def call(running: Compensation, permit: Permit) -> None:
+        raise AssertionError("called")
+
+    with pytest.raises(InvalidInput, match="needs the server's clock"):
+        await ledger.execute_compensation("c", executor=call, now_ms=4_000)
+    assert await ledger.compensations.get("c", now_ms=4_000) == record

@@ -358,6 +358,12 @@ async def test_a_requested_retry_puts_its_run_in_line(
             "retry_dispatched_at_ms": 3_000,
             "retry_backoff_ms": 2_000,
         }
+    [noted] = (await ledger.audit.list(now_ms=4_000)).items
+    assert (noted.event_type, noted.actor, noted.payload["run_id"]) == (
+        "stateful_dead_letter_retry_dispatched",
+        "tandem-server:dead-letter-dispatcher",
+        "run-a",
+    )
     assert await ledger.retry_dead_letters(now_ms=3_000) == 0
 
 
