@@ -53,6 +53,21 @@ async def write(tenant: Tenant, collection: str, id: str, at: int = 1, **fields:
         )
 
 
+async def fill(tenant: Tenant, collection: str) -> None:
+    """A thousand and more records that changed one after the other, from 100 to 1 149."""
+    if collection != "outbox":
+        await asyncio.gather(
+            *[write(tenant, collection, f"F:{at}", at) for at in range(100, 1_150)]
+        )
+        return
+    for start in (100, 625):
+        rows = [
+            records.outbox_row(tenant.context, RUN, f"F:{at}", created_at_ms=at, updated_at_ms=at)
+            for at in range(start, start + 525)
+        ]
+        await records.write_outbox(tenant.views._reader.store, *rows, now_ms=NOW)
+
+
 def ids(body: dict[str, Any], collection: str) -> list[str]:
     return [row[ID_OF[collection]] for row in body[collection]]
 
@@ -206,15 +221,24 @@ async def test_inference_ignores_activity_and_creation(tenant: Tenant) -> None:
     assert ids(body, "dead_letters") == ["open"]
 
 
-async def test_inference_holds_to_run_status_and_source(tenant: Tenant) -> None:
-    await write(tenant, "dead_letters", "a", status="open", source_type="tool_effect")
-    for filters in (
-        Filters(run_id="run-b"),
-        Filters(status="ignored"),
-        Filters(source_type="stateful_wait"),
-    ):
+@pytest.mark.parametrize("collection", NAMES)
+async def test_inference_holds_to_run_status_and_source(tenant: Tenant, collection: str) -> None:
+    """As does a cursor of a named collection: behind what the filters do not show there is nothing."""
+    await write(tenant, collection, "a", 2)
+    await write(tenant, collection, "b", 1)
+    wanted = [Filters(run_id="run-b"), Filters(status=OTHER[collection])]
+    if collection in ("tool_effects", "dead_letters"):
+        wanted.append(Filters(source_type="stateful_wait"))
+    for filters in wanted:
         body = await tenant.views.reliability(filters, after_id="a", now_ms=NOW)
         assert body["pagination"]["after_collection"] is None
+    await write(tenant, collection, "c", 0, status=OTHER[collection])
+    shown = Filters(status=OTHER[collection])
+    for after_id, found in (("c", []), ("a", [])):
+        body = await tenant.views.reliability(
+            shown, after_id=after_id, after_collection=collection, now_ms=NOW
+        )
+        assert ids(body, collection) == found
 
 
 @pytest.mark.parametrize("blank", [None, "", "  "])
@@ -306,7 +330,7 @@ async def test_a_search_that_stops_says_where(
     rare = OTHER[collection]
     await write(tenant, collection, "rare-2", 1, status=rare)
     await write(tenant, collection, "Rare-1:|", 5_000, status=rare)
-    await asyncio.gather(*[write(tenant, collection, f"{at}", at) for at in range(100, 1_150)])
+    await fill(tenant, collection)
     filters = Filters(status=rare, run_id=run_id)
     first = await tenant.views.reliability(filters, limit=2, now_ms=NOW)
     assert ids(first, collection) == ["Rare-1:|"]
@@ -316,6 +340,22 @@ async def test_a_search_that_stops_says_where(
     assert ids(second, collection) == ["rare-2"]
     assert second["pagination"]["next"][collection] is None
     assert await walk(tenant, collection, filters, 1) == ["Rare-1:|", "rare-2"]
+
+
+@pytest.mark.parametrize("collection", NAMES)
+async def test_a_page_gathered_in_pieces_is_no_longer_than_asked(
+    tenant: Tenant, collection: str
+) -> None:
+    """What fits stands before and behind a thousand that do not."""
+    rare = OTHER[collection]
+    await fill(tenant, collection)
+    for id, at in (("first", 5_000), ("second", 30), ("third", 20), ("fourth", 10)):
+        await write(tenant, collection, id, at, status=rare)
+    body = await tenant.views.reliability(Filters(status=rare), limit=2, now_ms=NOW)
+    assert ids(body, collection) == ["first", "second"]
+    assert await walk(tenant, collection, Filters(status=rare), 2) == [
+        *("first", "second", "third", "fourth")
+    ]
 
 
 async def test_names_that_are_no_words_are_cursors_too(tenant: Tenant) -> None:
