@@ -16,6 +16,7 @@ from servers import Server
 
 from leasekit import CorruptState, InvalidInput, Leasekit, Tenant
 from leasekit.keys import Keys, tenant_tag
+from leasekit.ledger import audit as audit_module
 from leasekit.ledger.audit import Audit, Decisions, record_hash
 from leasekit.ledger.records import AuditEvent, PolicyDecision
 from leasekit.model import TenantContext
@@ -372,14 +373,17 @@ async def test_decisions_of_a_run(decisions: Decisions, tenant: Tenant) -> None:
     assert await decisions.of_run("run-a", limit=2, now_ms=20) == found[:2]
 
 
-@pytest.mark.parametrize(("limit", "count"), [(-1, 1), (0, 1), (500, 500), (9_999, 500)])
 async def test_decisions_are_at_most_500(
-    decisions: Decisions, tenant: Tenant, limit: int, count: int
+    decisions: Decisions, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    many = [decision(tenant, f"d{n}", n) for n in range(510)]
-    await asyncio.gather(*(decisions.record(one, now_ms=20) for one in many))
+    """A limit is brought within its bounds."""
+    assert audit_module.DECISIONS_MAX == 500
+    monkeypatch.setattr(audit_module, "DECISIONS_MAX", 5)
+    for n in range(7):
+        await decisions.record(decision(tenant, f"d{n}", n), now_ms=20)
 
-    assert len(await decisions.of_run("run-a", limit=limit, now_ms=20)) == count
+    for limit, count in ((-1, 1), (0, 1), (4, 4), (5, 5), (6, 5), (9_999, 5)):
+        assert len(await decisions.of_run("run-a", limit=limit, now_ms=20)) == count
 
 
 async def test_decision_that_is_none_is_refused(

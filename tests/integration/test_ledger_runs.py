@@ -233,6 +233,18 @@ async def test_oldest_run_comes_first(runs: Runs, make: Make) -> None:
     assert taken == ["b", "c", "d", "e", "other", "f", None, "z"]
 
 
+async def test_run_that_pauses_is_not_looked_at(
+    runs: Runs, make: Make, state: Callable[[], dict[str, Any]]
+) -> None:
+    """Until then it stands apart from those that are in line."""
+    pause = {"scheduler": {"queue_reason": "retry_backoff", "retry_after_ms": 50}}
+    await put(runs, make(metadata=pause))
+    assert not any("runs:~queued|" in place for place in state()["ledger:index"])
+    await put(runs, make())
+    assert any("runs:~queued|" in place for place in state()["ledger:index"])
+    assert not any("runs:~later|" in place for place in state()["ledger:index"])
+
+
 async def test_long_lines_are_taken_in_order(runs: Runs, make: Make) -> None:
     """Also where more runs are in line than a page shows."""
     many = [make(f"r{n}", created_at_ms=1_000 - n) for n in range(130)]

@@ -412,6 +412,28 @@ async def test_steps_by_hand_up_to_a_snapshot(world: World) -> None:
     assert late == await world.look()
 
 
+async def test_wait_that_changes_before_its_claim_is_passed_over(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is to be done was decided on what was read: a wait that says something else by now is left
+    to the next tick."""
+    wait = await world.timeout("cancel")
+    waits = type(world.ledger.waits)
+    real = waits.claim_due
+
+    async def late(self: Any, *arguments: Any, **options: Any) -> Wait | None:
+        policy = TimeoutPolicy(timeout_at_ms=50, on_timeout="resume")
+        changed = msgspec.structs.replace(wait, timeout_policy=policy, updated_at_ms=59)
+        await world.ledger.waits.upsert(changed, now_ms=59)
+        return await real(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(waits, "claim_due", late)
+        result = await Scheduler(world.ledger).tick(now_ms=60)
+    assert told(result) == (1, 0, 0, 0)
+    assert (await Scheduler(world.ledger).tick(now_ms=60)).outcomes[0].run_status == "running"
+
+
 async def test_overtaken_scheduler_lands_nothing(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
