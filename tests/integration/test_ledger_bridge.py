@@ -9,9 +9,10 @@ import pytest
 from gate_events import KEY, call, outcome
 from ledger_records import COMPENSATION, RECEIPT, action, failed_action, scope_of
 
-from leasekit import InProgress, InvalidInput, Tenant
+from leasekit import InProgress, InvalidInput, Leasekit, Tenant
 from leasekit.gate import IntentStatus
 from leasekit.ledger import ExternalAction, Ledger, PrincipalRef, StatefulRuntimeScope, ToolEffect
+from leasekit.ledger.store import Store
 
 SUFFIX = "adad354a36524a9b"
 EFFECT, OUTBOX = f"effect-{SUFFIX}", f"outbox-{SUFFIX}"
@@ -325,6 +326,36 @@ async def test_a_failing_and_a_succeeding_action_at_once(ledger: Ledger, told: A
             one for one in await _all(ledger.dead_letters) if one.source_id == effect.effect_id
         ]
         assert len(about) == (effect.status == "failed")
+
+
+async def test_a_failure_that_lands_while_a_success_reads_is_noticed(
+    kit: Leasekit,
+    ledger: Ledger,
+    scope: StatefulRuntimeScope,
+    told: Any,
+    tenant_name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its dead letter was not there when the lists were read: the success begins again."""
+    # Of another process, as it were: it does not wait in this one's line.
+    other = kit.tenant(tenant_name, "w", actor="b").ledger
+    read, has_landed = Store.page, False
+
+    async def page(store: Store, *arguments: Any, **words: Any) -> Any:
+        nonlocal has_landed
+        found = await read(store, *arguments, **words)
+        if not has_landed:
+            has_landed = True
+            await other.record_external_action(scope, failed_action("action-a"), now_ms=3_000)
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "page", page)
+        effect = await told(action("action-a"))
+
+    assert has_landed
+    assert await _all(ledger.effects) == [effect]
+    assert await _all(ledger.dead_letters) == await _all(ledger.compensations) == []
 
 
 # --- reconcile with what the gate granted (3.9) ---------------------------------------------------

@@ -19,7 +19,7 @@ from leasekit import Conflict, CorruptState, InvalidInput, Leasekit, Tenant
 from leasekit.ledger import Ledger, Run, StatefulRuntimeScope
 from leasekit.ledger.filing import DEAD_LETTERS, EFFECTS
 from leasekit.ledger.ledger import get, put
-from leasekit.ledger.store import Transaction
+from leasekit.ledger.store import Store, Transaction
 
 DAY_MS = 86_400_000
 
@@ -465,6 +465,26 @@ async def test_what_is_settled_and_old_is_pruned(
     assert len(await _all(ledger.compensations)) == 8
     left = {one.status for one in await _all(ledger.dead_letters) if one.updated_at_ms == 999}
     assert left == {"open", "retry_requested", "retrying"}
+
+
+@pytest.mark.parametrize("change", [{"updated_at_ms": 8_999}, {"status": "failed"}])
+async def test_what_is_touched_meanwhile_is_kept(
+    ledger: Ledger, scope: StatefulRuntimeScope, monkeypatch: pytest.MonkeyPatch, change: Any
+) -> None:
+    """It is settled no more, or not for long enough."""
+    await ledger.effects.upsert(effect("e", scope), now_ms=1)
+    touched = effect("e", scope, **change)
+    read = Store.page
+
+    async def page(store: Store, *arguments: Any, **words: Any) -> Any:
+        found = await read(store, *arguments, **words)
+        await ledger.effects.upsert(touched, now_ms=1)
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "page", page)
+        assert await ledger.prune(1_000, now_ms=9_000) == 0
+    assert await _all(ledger.effects) == [touched]
 
 
 async def test_many_are_pruned(ledger: Ledger, scope: StatefulRuntimeScope) -> None:
