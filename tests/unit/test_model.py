@@ -132,7 +132,9 @@ def test_a_context_says_who_named_it(context: TenantContext, written: dict[str, 
 def test_a_context_that_does_not_say_is_local_implicit() -> None:
     """spec/reliability 1.1: what is assumed on reading, whatever the tenant is."""
     for org in ("local", "o"):
-        read = msgspec.json.decode(f'{{"org_id":"{org}","workspace_id":"local"}}', type=TenantContext)
+        read = msgspec.json.decode(
+            f'{{"org_id":"{org}","workspace_id":"local"}}', type=TenantContext
+        )
         assert read.source == "local_implicit"
         assert read.is_local_implicit == (org == "local")
 
