@@ -550,6 +550,16 @@ async def test_tick_reads_only_what_is_due(world: World, monkeypatch: pytest.Mon
     await Scheduler(world.ledger).tick(now_ms=60)
     assert read == ["now"]
 
+    read.clear()
+    monkeypatch.setattr("leasekit.ledger.waits.codec.BATCH_MAX", 20)
+    for n in range(45):
+        await world.wait(f"w{n:02}")
+    assert (await Scheduler(world.ledger).tick(limit=1, now_ms=60)).completed == 1
+    assert read == [f"w{n:02}" for n in range(20)]
+    read.clear()
+    assert len(await world.ledger.waits.due(limit=20, now_ms=60)) == 20
+    assert len(read) == 20
+
 
 async def test_server_clock(connected: Connect, tenant_name: str) -> None:
     """Without an instant of one's own."""
