@@ -15,13 +15,14 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass
 from typing import Any, ClassVar
 
+import msgspec
 import peers
 import redis.asyncio as redis_asyncio
 from barest import CONSUMER, LANE, LEASE_MS, PAYLOAD, TARGET, Barest, Ours
 from rig import ByHand, Cost, Server, by_coroutines, measured
 
 import leasekit
-from leasekit import codec, gate
+from leasekit import codec, gate, ledger
 
 POOL_CONNECTIONS = 50
 HANDS = 3  # batches under way when sent by hand, as many as the client has flights
@@ -40,6 +41,7 @@ class Sizes:
     tenants: tuple[int, ...] = (1_000, 10_000)
     memory_rows: int = 200_000
     backlog: tuple[int, int] = (100_000, 1_000_000)
+    records: tuple[int, int] = (1_000, 100_000)
     jobs: float = 1.0  # what each peer's own number is multiplied by
 
 
@@ -53,6 +55,7 @@ SMALL = Sizes(
     tenants=(20, 50),
     memory_rows=2_000,
     backlog=(2_000, 4_000),
+    records=(1_000, 2_000),
     jobs=0.02,
 )
 
@@ -656,6 +659,104 @@ class GrantedOnce(Row):
                 server.stop()
 
 
+class LedgerRecords(Row):
+    name = "ledger"
+    about = (
+        "ledger: upserts of dead letters by 1 000 coroutines beside HSET + ZADD by hand, pages of 250 of "
+        "runs with few and with many records, memory per record; on a server of its own"
+    )
+    PAGE = 250
+    PAGES = 40
+    server: Server | None = None
+
+    async def round(self) -> None:
+        few, many = self.rig.sizes.records
+        if self.server is None:
+            self.server = Server()
+            self.kit = await leasekit.connect(self.server.url)
+            self.by_hand = await ByHand.open(self.server.url)
+            self.tenant = self.kit.tenant("bench", "ledger")
+            await self.fill("few", few)
+            empty = self.server.memory_bytes()
+            await self.fill("many", many)
+            self.per_record = (self.server.memory_bytes() - empty) / many
+            size = len(msgspec.json.encode(self.record("many", 0)))
+            self.notes.append(f"{many:,} records of {size} bytes of JSON in one run")
+            self.turn = 0
+        self.turn += 1
+        server, sizes = self.server, self.rig.sizes
+        turns = max(1, sizes.lifecycles // 2)
+        count = sizes.coroutines * turns
+
+        async def upsert(number: int, turn: int) -> None:
+            at = self.turn * 10_000_000 + number * turns + turn
+            await self.tenant.ledger.dead_letters.upsert(self.record(f"r{number}", at))
+
+        cost, _ = await measured(server, lambda: by_coroutines(sizes.coroutines, turns, upsert))
+        self.costs["upsert"].append(cost.per(count))
+        doc = msgspec.json.encode(self.record("bare", 0))
+        bare = [
+            command
+            for number in range(count)
+            for command in (
+                ("HSET", "bare:docs", f"dl-{self.turn}-{number}", doc),
+                ("ZADD", "bare:updated", number, f"dl-{self.turn}-{number}"),
+            )
+        ]
+        cost, _ = await measured(server, lambda: self.by_hand.many(bare))
+        self.costs["HSET + ZADD"].append(cost.per(count))
+        for run, name in (("few", f"page of {few:,}"), ("many", f"page of {many:,}")):
+
+            async def pages(run: str = run) -> None:
+                for _ in range(self.PAGES):
+                    page = await self.tenant.ledger.dead_letters.list(run_id=run, limit=self.PAGE)
+                    assert len(page.items) == min(self.PAGE, few if run == "few" else many)
+
+            cost, _ = await measured(server, pages)
+            self.costs[name].append(cost.per(self.PAGES))
+
+    async def fill(self, run: str, count: int) -> None:
+        letters = self.tenant.ledger.dead_letters
+        for begin in range(0, count, 1_000):
+            await asyncio.gather(
+                *[letters.upsert(self.record(run, at)) for at in range(begin, begin + 1_000)]
+            )
+
+    def record(self, run: str, at: int) -> ledger.DeadLetter:
+        return ledger.DeadLetter(
+            dead_letter_id=f"dl-{run}-{at}",
+            source_type="tool_effect",
+            source_id=f"effect-{at}",
+            run_id=run,
+            scope=ledger.StatefulRuntimeScope(tenant_context=self.tenant.context),
+            reason="provider timeout",
+            status="open",
+            recovery_options=["retry", "ignore", "compensate"],
+            created_at_ms=1_000 + at,
+            updated_at_ms=1_000 + at,
+        )
+
+    def figures(self) -> Iterable[Figure]:
+        few, many = self.rig.sizes.records
+        yield Figure(
+            "an upsert's server time against HSET + ZADD",
+            self.ratio("upsert", "HSET + ZADD", "server_cpu_s"),
+            at_most=4,
+        )
+        yield Figure(
+            f"a page of {self.PAGE} of {many:,} against one of {few:,}, server time",
+            self.ratio(f"page of {many:,}", f"page of {few:,}", "server_cpu_s"),
+            at_most=3,
+        )
+        yield Figure("memory per record", self.per_record, "B")
+
+    async def close(self) -> None:
+        if self.server is not None:
+            await self.kit.close()
+            await self.by_hand.close()
+            self.server.stop()
+
+
 ROWS: tuple[type[Row], ...] = (
     ServerTime,
     RedisCalls,
@@ -667,4 +768,5 @@ ROWS: tuple[type[Row], ...] = (
     Growth,
     IdempotencyKeys,
     GrantedOnce,
+    LedgerRecords,
 )

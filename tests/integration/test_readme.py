@@ -16,7 +16,7 @@ README = Path(__file__).parents[2] / "README.md"
 def printed(number: int, server: Server, tenant_name: str) -> list[str]:
     """The lines that an example prints, run as it stands but for the tenant's name."""
     examples = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(examples) == 3
+    assert len(examples) == 4
     example = examples[number]
     own_tenant = example.replace('"production"', f'"{tenant_name}"')
 
@@ -55,3 +55,13 @@ def test_the_gates_example_runs_as_printed(real_server: Server, tenant_name: str
     lines = printed(2, real_server, tenant_name)
 
     assert lines == ["sent", "{'receipt': 'r-8'}", "{'receipt': 'r-8'}"]
+
+
+def test_the_ledgers_example_runs_as_printed(real_server: Server, tenant_name: str) -> None:
+    """A failed action leaves a dead letter and a compensation, whose execution settles both."""
+    lines = printed(3, real_server, tenant_name)
+
+    assert lines == [
+        "{'outbox': 1, 'tool_effects': 1, 'dead_letters': 1, 'compensations': 1}",
+        "completed ['linked_to_compensation']",
+    ]
