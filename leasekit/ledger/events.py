@@ -388,9 +388,9 @@ class Snapshots:
             docs = await asyncio.gather(*(transaction.get(name) for name in names))
             deleted = 0
             for name, doc in zip(names, docs, strict=True):
-                if doc is None or (found := SNAPSHOTS.decode(doc)).created_at_ms >= cutoff:
+                if doc is None or SNAPSHOTS.decode(doc).created_at_ms >= cutoff:
                     continue
-                transaction.drop(name, SNAPSHOTS.run_of(found))
+                transaction.drop(name)
                 deleted += 1
             return deleted
 

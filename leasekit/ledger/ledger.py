@@ -548,7 +548,7 @@ async def drop(transaction: Transaction, collection: Collection[Record], record:
     name = collection.name_for(record)
     if not transaction.has_read(name):
         await transaction.get(name)
-    transaction.drop(name, collection.run_of(record))
+    transaction.drop(name)
 
 
 # --- intents as the ledger writes them ------------------------------------------------------------

@@ -115,8 +115,8 @@ class Transaction:
         """Write a record that was read in this transaction, or is known not to be there."""
         self._puts[name] = (listed, doc)
 
-    def drop(self, name: str, run: str) -> None:
-        """Delete a record that was read in this transaction; `run` is the one that it is of."""
+    def drop(self, name: str) -> None:
+        """Delete a record that was read in this transaction."""
         self._drops.add(name)
 
     def put_intent(self, id: str, revision: int, change: IntentChange) -> None:

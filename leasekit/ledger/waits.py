@@ -326,8 +326,8 @@ class Waits:
             docs = await asyncio.gather(*(transaction.get(name) for name in names))
             deleted = 0
             for name, doc in zip(names, docs, strict=True):
-                if doc is not None and waiting.ended_before(wait := WAITS.decode(doc), cutoff):
-                    transaction.drop(name, WAITS.run_of(wait))
+                if doc is not None and waiting.ended_before(WAITS.decode(doc), cutoff):
+                    transaction.drop(name)
                     deleted += 1
             return deleted
 
