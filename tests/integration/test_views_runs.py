@@ -6,6 +6,7 @@ Source: spec/reliability 6.3, 6.4, 6.6, 6.8, 6.9, 6.10.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ import leasekit
 from leasekit import Conflict, InvalidInput, Tenant
 from leasekit.ledger import Run
 from leasekit.ledger.redaction import digest
+from leasekit.ledger.store import Store
 from leasekit.model import TenantContext
 from leasekit.views import Catalogue, Missing, RunFilters, Views, views
 
@@ -62,12 +64,22 @@ async def test_a_list_says_what_it_was_asked(tenant: Tenant) -> None:
     assert not {"events", "snapshots"} & set(body["runs"][0])
 
 
-async def test_a_filter_finds_what_stands_far_behind(tenant: Tenant) -> None:
-    """Where few runs fit, all are looked at."""
+async def test_a_filter_finds_what_stands_far_behind(
+    tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where few runs fit, all are looked at: a thousand a call, not as many as are wanted."""
+    read_page, asked = Store.page, Counter[str]()
+
+    async def page(self: Store, collection: str, *given: Any, **named: Any) -> Any:
+        asked[collection] += 1
+        return await read_page(self, collection, *given, **named)
+
+    monkeypatch.setattr(Store, "page", page)
     await write_run(tenant, "wanted", updated_at_ms=1, trigger_type="manual")
     for at in range(30):
         await write_run(tenant, f"r{at}", updated_at_ms=100 + at)
     assert await listed(tenant, 1, trigger="manual") == ["wanted"]
+    assert asked["runs"] == 1
     assert await listed(tenant, 3) == ["r29", "r28", "r27"]
 
 
