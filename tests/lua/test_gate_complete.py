@@ -609,3 +609,13 @@ def test_the_facts_of_an_intent_are_bounded_in_bytes(tenant: Tenant) -> None:
 
     complete(tenant, ("i1", "", "succeeded", long), now_ms=15)
     assert [fact[:2] for fact in tenant.facts("i1")] == ["13", "15"]
+
+
+def test_two_facts_of_the_longest_kind_do_not_fit(tenant: Tenant) -> None:
+    """What is said last is kept, whatever was there."""
+    tenant.prepare(intent("i1", A))
+    longest = '"' + "x" * 65_534 + '"'
+    complete(tenant, ("i1", "", "failed", longest), now_ms=11)
+    complete(tenant, ("i1", "", "succeeded", longest), now_ms=12)
+
+    assert [fact[:12] for fact in tenant.facts("i1")] == ["12 succeeded"]
