@@ -278,14 +278,17 @@ async def test_added_event_is_found(audit: Audit, vault: Vault, after: int, text
     assert text in str(found.value)
 
 
-async def test_replaced_end_is_found(audit: Audit, vault: Vault) -> None:
-    """A last event with a hash that fits, which is not the one that was added."""
-    *_, last = await chain(audit)
-    vault.remove("e3")
-    forged = msgspec.structs.replace(last, event_id="e3", payload="forged")
-    vault.add(msgspec.structs.replace(forged, record_hash=record_hash(forged)))
+@pytest.mark.parametrize(("n", "found_at"), [(1, 2), (2, 3), (3, 3)])
+async def test_replaced_event_is_found(audit: Audit, vault: Vault, n: int, found_at: int) -> None:
+    """One with a hash that fits it, which is not the one that was added: the next one tells, or the
+    head of the chain."""
+    events = await chain(audit)
+    forged = msgspec.structs.replace(events[n - 1], payload="forged")
+    forged = msgspec.structs.replace(forged, record_hash=record_hash(forged))
+    before, after = (msgspec.json.encode(one).decode() for one in (events[n - 1], forged))
+    vault.change(f"audit/e{n}", before, after)
 
-    with pytest.raises(CorruptState, match="does not fit at event e3"):
+    with pytest.raises(CorruptState, match=f"does not fit at event e{found_at} "):
         await audit.verify(now_ms=9)
 
 
