@@ -16,11 +16,19 @@ from leasekit import codec
 from leasekit.errors import InvalidInput
 from leasekit.gate import Gate, Intent, IntentStatus
 from leasekit.keys import decode_word
-from leasekit.ledger.filing import COMPENSATIONS, DEAD_LETTERS, EFFECTS, Collection, run_word, word
+from leasekit.ledger.filing import (
+    COMPENSATIONS,
+    DEAD_LETTERS,
+    EFFECTS,
+    Collection,
+    is_off,
+    run_word,
+    word,
+)
 from leasekit.ledger.store import RECORD_ID_BYTES_MAX, Store
 from leasekit.scope import decode_cursor, encode_cursor
 
-__all__ = ["COLLECTIONS", "LIMIT_DEFAULT", "Filters", "Found", "Reader", "clamped", "is_off"]
+__all__ = ["COLLECTIONS", "LIMIT_DEFAULT", "Filters", "Found", "Reader", "clamped"]
 
 LIMIT_DEFAULT = 250
 LIMIT_MAX = 1_000
@@ -59,11 +67,6 @@ def clamped(limit: int | None, *, default: int = LIMIT_DEFAULT, most: int = LIMI
             f"limit must be a whole number, not {type(limit).__name__}", field="limit"
         )
     return min(max(limit, 1), most)
-
-
-def is_off(text: str | None) -> bool:
-    """Whether a filter does not filter: absent, blank, or `all`."""
-    return text is None or codec.normalised(text) in ("", "all")
 
 
 class Filters(msgspec.Struct, frozen=True, kw_only=True):

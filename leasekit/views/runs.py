@@ -12,6 +12,7 @@ import msgspec
 
 from leasekit import codec
 from leasekit.errors import InvalidInput
+from leasekit.ledger.filing import is_off
 from leasekit.ledger.records import Run, RunEvent, RunSnapshot, Wait
 from leasekit.views.authority import (
     Catalogue,
@@ -19,7 +20,6 @@ from leasekit.views.authority import (
     eligible_bindings,
     enterprise_scope,
 )
-from leasekit.views.pages import is_off
 
 __all__ = [
     "RunFilters",

@@ -15,7 +15,16 @@ import msgspec
 from leasekit import codec
 from leasekit.ledger import recovery
 from leasekit.ledger.audit import HEAD, record_hash
-from leasekit.ledger.filing import AUDIT, COMPENSATIONS, DEAD_LETTERS, RUNS, WAITS, due_of, word
+from leasekit.ledger.filing import (
+    AUDIT,
+    COMPENSATIONS,
+    DEAD_LETTERS,
+    RUNS,
+    WAITS,
+    due_of,
+    is_off,
+    word,
+)
 from leasekit.ledger.ledger import Ledger, get, put
 from leasekit.ledger.records import (
     AuditEvent,
@@ -31,7 +40,7 @@ from leasekit.ledger.store import RECORD_ID_BYTES_MAX, Transaction
 from leasekit.model import TenantContext
 from leasekit.views.authority import Catalogue, check_authority
 from leasekit.views.observability import mentions, observability
-from leasekit.views.pages import COLLECTIONS, Filters, Reader, clamped, is_off
+from leasekit.views.pages import COLLECTIONS, Filters, Reader, clamped
 from leasekit.views.reliability import reliability_page
 from leasekit.views.resuming import Choice, Missing, resume_plan
 from leasekit.views.runs import (

@@ -196,7 +196,7 @@ async def seen_by(
         return await everything(tenant), await choices(tenant) if number == 0 else []
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(st.lists(specs, min_size=10, max_size=60))
 async def test_a_tenant_sees_what_it_would_see_alone(rows: list[Spec]) -> None:
     names: list[str] = []
