@@ -356,7 +356,9 @@ def test_the_plan_has_these_keys() -> None:
 
 
 @pytest.mark.parametrize("status", [*ATTENTION, "running", "completed"])
-@pytest.mark.parametrize("checkpoint", [None, {}, {"completed_nodes": None}, "odd"])
+@pytest.mark.parametrize(
+    "checkpoint", [None, {}, {"completed_nodes": None}, {"completed_nodes": "odd"}, "odd"]
+)
 def test_a_run_without_nodes_is_resumed_as_a_whole(status: str, checkpoint: Any) -> None:
     """Where it needs attention; a workflow run has no checkpoint."""
     body = plan(status=status, checkpoint=checkpoint)
