@@ -1,5 +1,6 @@
 """The ledger: what happened, what is uncertain, and what an operator may do about it."""
 
+from leasekit.ledger.events import Appended, EventWindow
 from leasekit.ledger.ledger import Ledger
 from leasekit.ledger.records import (
     AuditEvent,
@@ -28,12 +29,16 @@ from leasekit.ledger.records import (
     operator_principal,
 )
 from leasekit.ledger.recovery import Execution
+from leasekit.ledger.scheduler import Scheduler, TickResult
+from leasekit.ledger.waiting import WebhookEvent
 
 __all__ = [
+    "Appended",
     "AuditEvent",
     "AutomationEnterpriseScope",
     "Compensation",
     "DeadLetter",
+    "EventWindow",
     "Execution",
     "ExecutionClaim",
     "ExternalAction",
@@ -50,10 +55,13 @@ __all__ = [
     "Run",
     "RunEvent",
     "RunSnapshot",
+    "Scheduler",
     "SourceBinding",
     "StatefulRuntimeScope",
+    "TickResult",
     "TimeoutPolicy",
     "ToolEffect",
     "Wait",
+    "WebhookEvent",
     "operator_principal",
 ]
