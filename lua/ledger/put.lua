@@ -23,7 +23,7 @@ end
 if count < 1 or count > ITEMS_MAX or count ~= math.floor(count) then
   return refuse("items")
 end
-local names = {}
+local names, runs, wanted = {}, {}, {}
 for i = 1, count do
   local base = FIXED + (i - 1) * WIDTH
   names[i] = ARGV[base + 1]
@@ -34,21 +34,26 @@ for i = 1, count do
   if not is_token(ARGV[base + 2]) then
     return refuse("token")
   end
-  if not string.find(ARGV[base + 3], "^%d+ %S+ %S+ [01] %S+$") then
+  runs[i] = string.match(ARGV[base + 3], "^%d+ %S+ %S+ [01] (%S+)$")
+  if not runs[i] then
     return refuse("words")
   end
   if string.find(ARGV[base + 4], "\n", 1, true) then
     return refuse("places")
   end
+  local places = {}
   for place in string.gmatch(ARGV[base + 4], "%S+") do
     if string.match(place, PLACE) ~= tail then
       return refuse("places")
     end
+    places[#places + 1] = place
   end
+  wanted[i] = places
 end
 local stored = values_of(docs, names)
 
 local reply, handled, order, stood, stands, raised = { now }, {}, {}, {}, {}, {}
+local now_in = {}
 for i = 1, count do
   local base = FIXED + (i - 1) * WIDTH
   local name, token, words = names[i], ARGV[base + 2], ARGV[base + 3]
@@ -66,10 +71,10 @@ for i = 1, count do
       stood[name] = stood_in or ""
     end
     revision = integer(tonumber(revision or "0") + 1)
-    stands[name] = ARGV[base + 4]
+    stands[name], now_in[name] = ARGV[base + 4], wanted[i]
     handled[name] = revision .. " " .. token .. " " .. words .. "\n" .. stands[name] .. "\n"
       .. ARGV[base + 5]
-    local run = string.match(words, "%S+$")
+    local run = runs[i]
     raised[run] = (raised[run] or 0) + 1
     if was_of and was_of ~= run then
       raised[was_of] = (raised[was_of] or 0) + 1
@@ -85,9 +90,9 @@ for i = 1, #order do
     for place in string.gmatch(stood[name], "%S+") do
       gone_places[#gone_places + 1] = place
     end
-    for place in string.gmatch(stands[name], "%S+") do
+    for j = 1, #now_in[name] do
       local n = #places
-      places[n + 1], places[n + 2] = "0", place
+      places[n + 1], places[n + 2] = "0", now_in[name][j]
     end
   end
 end
