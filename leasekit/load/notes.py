@@ -81,8 +81,12 @@ class Book:
         """The claim is about to be given back: from now on others may have the row."""
         self._open.pop(claim.row.id, None)
 
-    def close(self, claim: Claim, outcome: str) -> None:
-        """A claim has ended; outcome: the last word on it, `unsettled` where there is none."""
+    def close(self, claim: Claim, outcome: str, *, was_given_back: bool = False) -> None:
+        """A claim has ended; outcome: the last word on it, `unsettled` where there is none.
+
+        was_given_back: by a nack, whose reply may have been lost: others may have had the row before
+        it was repeated, and `lost_claim` then says nothing of two holders.
+        """
         row = claim.row
         self._open.pop(row.id, None)
         if outcome is AckOutcome.ACKED:
@@ -98,8 +102,9 @@ class Book:
         if len(self.suspects) >= SUSPECTS_MOST:
             self.suspects_left_out += 1
             return
+        word = "requeued" if was_given_back and outcome == "lost_claim" else str(outcome)
         self.suspects.append(
-            (row.id, claim.fence, row.claimed_at_ms or 0, claim.lease_expires_at_ms, str(outcome))
+            (row.id, claim.fence, row.claimed_at_ms or 0, claim.lease_expires_at_ms, word)
         )
 
     def note_broken(self, what: str) -> None:

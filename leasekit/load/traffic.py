@@ -260,7 +260,7 @@ class Traffic:
             outcome = await self._timed(
                 "nack", lambda repeat: claim.nack(error="load test", repeat=repeat)
             )
-            book.close(claim, outcome)
+            book.close(claim, outcome, was_given_back=True)
             return outcome is NackOutcome.REQUEUED
         if self._nack_below <= chance < self._extend_below:
             lease_ms = self._plan.lease_ms
