@@ -299,6 +299,12 @@ def hash_terminated(parts: list[str]) -> str:
     return digest.hexdigest()
 
 
+def digest(value: object, field: str) -> str:
+    """DIG of spec/reliability 0.2: H0 of the canonical JSON of a value <= 1 MiB, with its prefix."""
+    encoded = canonical_json(value, field, bytes_max=PAYLOAD_BYTES_MAX)
+    return "sha256:" + hash_terminated([encoded.decode()])
+
+
 def hash_length_prefixed(parts: list[str]) -> str:
     """HL of spec/reliability 0.2: SHA-256 over each part's length (8 bytes) and UTF-8 bytes; hex."""
     return _length_prefixed([part.encode() for part in parts]).hex()

@@ -18,7 +18,7 @@ import msgspec
 
 from leasekit import codec
 from leasekit.errors import InvalidInput
-from leasekit.gate.events import ARGS_BYTES_MAX, PreSendEvent, Source
+from leasekit.gate.events import PreSendEvent, Source
 from leasekit.keys import encode_word
 from leasekit.model import TenantContext
 from leasekit.policy import SEED_TIERS
@@ -197,8 +197,7 @@ def outbox_id(idempotency_key: str) -> str:
 
 def payload_digest(args: object) -> str:
     """DIG of spec/reliability 0.2 of any JSON value <= 1 MiB, as it is: nothing is dropped from it."""
-    encoded = codec.canonical_json(args, "args", bytes_max=ARGS_BYTES_MAX)
-    return "sha256:" + codec.hash_terminated([encoded.decode()])
+    return codec.digest(args, "args")
 
 
 def sanitise_args(args: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ import msgspec
 
 from leasekit import codec
 from leasekit.errors import InvalidInput
+from leasekit.gate.identity import same_tenant
 from leasekit.keys import encode_word
 from leasekit.ledger.records import (
     AuditEvent,
@@ -309,12 +310,7 @@ def check_scope(scope: Scope, record: Any) -> None:
     """InvalidInput for a record of another tenant."""
     whose = record if isinstance(record, StatefulRuntimeScope) else getattr(record, "scope", None)
     context = record.tenant_context if whose is None else whose.tenant_context
-    ours = scope.context
-    if (context.org_id, context.workspace_id, context.deployment_id) != (
-        ours.org_id,
-        ours.workspace_id,
-        ours.deployment_id,
-    ):
+    if not same_tenant(context, scope.context):
         raise InvalidInput(
             f"the record's scope names another tenant than {scope.tag}: nothing was written",
             field="scope.tenant_context",

@@ -36,8 +36,7 @@ def _is_secret(key: str) -> bool:
 
 def digest(value: Any) -> str:
     """DIG of a JSON value, of the value as it is, not redacted."""
-    text = codec.canonical_json(value, "value", bytes_max=codec.PAYLOAD_BYTES_MAX).decode()
-    return "sha256:" + codec.hash_terminated([text])
+    return codec.digest(value, "value")
 
 
 def short16(text: str) -> str:

@@ -13,6 +13,7 @@ import msgspec
 
 from leasekit import codec
 from leasekit.errors import InvalidInput
+from leasekit.gate.identity import same_tenant
 from leasekit.ledger.records import (
     OrganizationUnit,
     OrganizationUnitAccessGrant,
@@ -21,7 +22,7 @@ from leasekit.ledger.records import (
     SourceBinding,
     StatefulRuntimeScope,
 )
-from leasekit.model import TenantContext
+from leasekit.views.pages import picked
 
 __all__ = [
     "Catalogue",
@@ -90,14 +91,6 @@ def contains(scope: ResourceScope, resource: ResourceRef) -> bool:
     )
 
 
-def _same_tenant(left: TenantContext, right: TenantContext) -> bool:
-    return (left.org_id, left.workspace_id, left.deployment_id) == (
-        right.org_id,
-        right.workspace_id,
-        right.deployment_id,
-    )
-
-
 def _is_within(scope: StatefulRuntimeScope, resource: ResourceRef) -> bool:
     limits = scope.resource_scope
     if limits is None:
@@ -124,7 +117,7 @@ def authorising_grants(
     found = [
         grant
         for grant in catalogue.grants
-        if _same_tenant(grant.tenant_context, scope.tenant_context)
+        if same_tenant(grant.tenant_context, scope.tenant_context)
         and grant.effect == "allow"
         and (unit is None or names_unit(grant.unit.id, unit))
         and grant.is_active(now_ms)
@@ -150,7 +143,7 @@ def check_authority(scope: StatefulRuntimeScope, catalogue: Catalogue, now_ms: i
     near = [
         grant
         for grant in catalogue.grants
-        if _same_tenant(grant.tenant_context, scope.tenant_context)
+        if same_tenant(grant.tenant_context, scope.tenant_context)
         and grant.is_active(now_ms)
         and (
             scope.owning_org_unit_id is None or names_unit(grant.unit.id, scope.owning_org_unit_id)
@@ -189,21 +182,12 @@ def eligible_bindings(scope: StatefulRuntimeScope, catalogue: Catalogue) -> list
     found = [
         binding
         for binding in catalogue.bindings
-        if _same_tenant(binding.tenant_context, scope.tenant_context)
+        if same_tenant(binding.tenant_context, scope.tenant_context)
         and binding.state == "enabled"
         and binding.ingestion_policy.allow_prompt_context
         and _is_within(scope, binding.resource_ref)
     ]
     return sorted(found, key=lambda binding: binding.binding_id)
-
-
-def _picked(record: msgspec.Struct, *names: str) -> dict[str, Any]:
-    """Some fields of a record as JSON, absent ones as null."""
-    fields: dict[str, Any] = msgspec.to_builtins(record)
-    return {name: fields.get(name, [] if name in _LISTS else None) for name in names}
-
-
-_LISTS = frozenset({"labels", "permissions", "data_classes", "tool_patterns"})
 
 
 def enterprise_scope(
@@ -214,7 +198,7 @@ def enterprise_scope(
         (
             one
             for one in catalogue.units
-            if _same_tenant(one.tenant_context, scope.tenant_context)
+            if same_tenant(one.tenant_context, scope.tenant_context)
             and scope.owning_org_unit_id is not None
             and (
                 ids_match(one.unit_id, scope.owning_org_unit_id)
@@ -236,7 +220,7 @@ def enterprise_scope(
         "owning_org_unit_id": scope.owning_org_unit_id,
         "owning_org_unit": None
         if unit is None
-        else _picked(
+        else picked(
             unit,
             *("unit_id", "taxonomy_id", "display_name", "kind", "parent_unit_id", "state"),
             "labels",
@@ -251,7 +235,7 @@ def enterprise_scope(
         "delegation_grant_ids": ids,
         "delegation_grant_authority": {"status": status, "missing_grant_ids": missing},
         "org_unit_grants": [
-            _picked(
+            picked(
                 grant,
                 *("grant_id", "unit", "resource", "effect", "permissions", "data_classes"),
                 *("tool_patterns", "state", "expires_at_ms"),
@@ -259,7 +243,7 @@ def enterprise_scope(
             for grant in grants
         ],
         "visible_knowledge_sources": [
-            _picked(
+            picked(
                 binding,
                 *("binding_id", "connector_id", "source_type", "native_source_id"),
                 *("source_root_label", "resource_ref", "data_class", "state", "ingestion_policy"),

@@ -21,6 +21,7 @@ from leasekit.ledger.records import (
     Wait,
 )
 from leasekit.ledger.redaction import digest
+from leasekit.views.pages import picked
 from leasekit.views.runs import run_fields
 
 __all__ = ["active_waits", "allowed_actions", "blocking_reasons", "mentions", "observability"]
@@ -82,11 +83,11 @@ def blocking_reasons(
             {"kind": "run_status", "status": run.status, "phase_id": run.current_phase_id}
         )
     for wait in waits:
-        fields = _picked(wait, "wait_id", "wait_kind", "status", "phase_id", "reason")
+        fields = picked(wait, "wait_id", "wait_kind", "status", "phase_id", "reason")
         reasons.append({"kind": "active_wait", **fields})
     for decision in decisions:
         if decision.decision in ("deny", "approval_required"):
-            fields = _picked(
+            fields = picked(
                 decision, "decision_id", "decision", "reason_code", "tool", "approval_id"
             )
             reasons.append({"kind": "policy_decision", **fields})
@@ -182,7 +183,7 @@ def observability(
         "current_wait": msgspec.to_builtins(holding[0]) if holding else None,
         "waits": msgspec.to_builtins(list(waits)),
         "policy_decisions": [
-            _picked(
+            picked(
                 decision,
                 *("decision_id", "run_id", "automation_id", "node_id", "tool", "decision"),
                 *("reason_code", "risk_tier", "policy_id", "grant_id", "approval_id"),
@@ -193,7 +194,7 @@ def observability(
         "reliability": {name: list(found) for name, found in rows.items()},
         "audit": {
             "protected_events": [
-                _picked(
+                picked(
                     event,
                     *("event_id", "event_type", "created_at_ms", "seq", "record_hash", "actor"),
                 )
@@ -205,14 +206,14 @@ def observability(
         "events": {
             "latest": None
             if latest is None
-            else _picked(
+            else picked(
                 latest,
                 *("event_id", "seq", "event_type", "occurred_at_ms", "phase_id"),
                 *("causation_id", "correlation_id"),
             ),
             "tail": msgspec.to_builtins(list(events)),
             "correlation_ids": [
-                _picked(event, "event_id", "seq", "causation_id", "correlation_id")
+                picked(event, "event_id", "seq", "causation_id", "correlation_id")
                 for event in events
                 if event.causation_id is not None or event.correlation_id is not None
             ],
@@ -220,7 +221,7 @@ def observability(
         "snapshots": {
             "latest": None
             if newest is None
-            else _picked(newest, "snapshot_id", "seq", "status", "phase", "created_at_ms"),
+            else picked(newest, "snapshot_id", "seq", "status", "phase", "created_at_ms"),
             "items": msgspec.to_builtins(list(snapshots)),
         },
         "operator_summary": {
@@ -239,9 +240,3 @@ def observability(
         },
         "limits": dict(limits),
     }
-
-
-def _picked(record: msgspec.Struct, *names: str) -> dict[str, Any]:
-    """Some fields of a record as JSON, absent ones as null."""
-    fields: dict[str, Any] = msgspec.to_builtins(record)
-    return {name: fields.get(name) for name in names}

@@ -284,3 +284,12 @@ def _id_at(cursor: str, run_id: str | None) -> str:
         return str(identity)
     [member] = decode_cursor(cursor, (str,)) or [""]
     return str(member).split(":", 2)[2]
+
+
+_LISTS = frozenset({"labels", "permissions", "data_classes", "tool_patterns"})
+
+
+def picked(record: msgspec.Struct, *names: str) -> dict[str, Any]:
+    """Some fields of a record as JSON; absent ones as null, absent lists as empty ones."""
+    fields: dict[str, Any] = msgspec.to_builtins(record)
+    return {name: fields.get(name, [] if name in _LISTS else None) for name in names}

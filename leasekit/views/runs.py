@@ -20,6 +20,7 @@ from leasekit.views.authority import (
     eligible_bindings,
     enterprise_scope,
 )
+from leasekit.views.pages import picked
 
 __all__ = [
     "RunFilters",
@@ -181,21 +182,21 @@ def run_view(
         "run": run_fields(run, snapshots),
         "current_wait": None
         if wait is None
-        else _picked(
+        else picked(
             wait,
             *("wait_id", "wait_kind", "status", "phase_id", "reason", "wake_at_ms"),
             *("timeout_policy", "event_seq"),
         ),
         "latest_event": None
         if latest is None
-        else _picked(
+        else picked(
             latest,
             *("event_id", "seq", "event_type", "occurred_at_ms", "phase_id", "wait_kind"),
         )
         | {"authoritative": True},
         "latest_snapshot": None
         if newest is None
-        else _picked(
+        else picked(
             newest,
             *("snapshot_id", "seq", "created_at_ms", "status", "phase", "phase_id"),
             *("payload_digest", "workflow_definition_version"),
@@ -243,9 +244,3 @@ def snapshots_page(run_id: str, snapshots: Sequence[RunSnapshot], size: int) -> 
         "latest_seq": snapshots[-1].seq if snapshots else None,
         "limit": size,
     }
-
-
-def _picked(record: msgspec.Struct, *names: str) -> dict[str, Any]:
-    """Some fields of a record as JSON, absent ones as null."""
-    fields: dict[str, Any] = msgspec.to_builtins(record)
-    return {name: fields.get(name) for name in names}
